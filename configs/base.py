@@ -1,0 +1,77 @@
+"""Every key once, with the default it has where a config says nothing. Other configs start from here."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 123  # of initialisation, shuffling, augmentation, time and perturbation
+    c.num_steps = 10_000
+    c.batch_size = 32  # of all devices together
+
+    c.data = ConfigDict()
+    c.data.name = "folder"  # avatars | camvid | folder
+    c.data.source = config_dict.placeholder(str)  # raw files, for folder and camvid
+    c.data.dir = config_dict.placeholder(str)  # the prepared set; by default in $SEMFLOW_CACHE, made when missing
+    c.data.size = (256, 256)  # height, width
+    c.data.num_train = config_dict.placeholder(int)  # None: all there are
+    c.data.num_val = config_dict.placeholder(int)
+    c.data.seed = 0
+    c.data.flip = 0.5  # probability
+    c.data.crop_scale = config_dict.placeholder(tuple)  # (smallest, largest) share of the area; None: no cropping
+    c.data.num_workers = 0  # processes that decode; 0: threads
+
+    c.codec = ConfigDict()
+    c.codec.name = "patch"  # patch | taesd | taesd3 | taef1 | taef2
+    c.codec.factor = 4  # side of a patch, for patch
+    c.codec.path = ""  # safetensors file, for the others; $VARIABLES expand
+
+    c.mask_code = ConfigDict()
+    c.mask_code.name = "colour"  # colour: the paper's pseudo-masks | linear: whitened one-hot patches
+    c.mask_code.palette = "spread"  # grid: the paper's colours | spread: far apart
+    c.mask_code.pixel = 0.1  # amplitude of the perturbation per pixel and channel, as in the paper
+    c.mask_code.region = 0.0  # amplitude of the perturbation per class of an image and channel
+    c.mask_code.whiten = 0.5  # linear: 0 leaves the spread of the patches, 1 makes all directions alike
+
+    c.model = ConfigDict()  # see UNetConfig; channels follow from the codec
+    c.model.block_out_channels = (32, 64, 96)
+    c.model.layers_per_block = 1
+    c.model.attention = (False, False, True)
+    c.model.num_heads = (4, 4, 4)
+    c.model.cross_attention_dim = config_dict.placeholder(int)
+    c.model.num_groups = 8
+    c.model.dtype = "float32"  # computes; bfloat16 on accelerators
+    c.model.param_dtype = "float32"  # stores
+
+    c.loss = ConfigDict()
+    c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | u_shaped
+    c.loss.mask_void = True  # leave void pixels out of the loss
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1e-3
+    c.optim.schedule = "cosine"  # constant | linear | cosine, after the warm-up
+    c.optim.warmup = 500
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.01
+    c.optim.clip = 1.0  # of the gradient's global norm
+    c.optim.ema = 0.999
+    c.optim.accum_steps = 1  # slices of a batch that pass one after the other
+    c.optim.flatten = False  # moments in one vector: compiles faster, can't be sharded
+
+    c.sampling = ConfigDict()
+    c.sampling.solver = "euler"  # euler | heun | midpoint | tsit5
+    c.sampling.steps = 25
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 32
+    c.eval.limit = 128  # validation images during training
+    c.eval.limit_final = config_dict.placeholder(int)  # test images at the end; None: all
+    c.eval.num_samples = 3  # synthesized images per mask
+    c.eval.gallery = 8  # rows of the report's gallery
+
+    c.log_every = 50
+    c.eval_every = 1000
+    c.checkpoint_every = 1000
+    return c.lock()

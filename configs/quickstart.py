@@ -1,0 +1,28 @@
+"""Avatars from nothing on a laptop: `bash launch/quickstart.sh`."""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    with c.unlocked():
+        c.num_steps = 2400
+        c.batch_size = 16
+        c.data.name = "avatars"
+        c.data.size = (64, 64)
+        c.data.num_train = 4000
+        c.data.num_val = 200
+        c.mask_code.name = "linear"
+        c.mask_code.pixel = 0.3
+        c.mask_code.region = 2.0
+        c.optim.lr = 2e-3
+        c.optim.warmup = 100
+        c.optim.b2 = 0.99
+        c.optim.ema = 0.995
+        c.optim.flatten = True
+        c.eval.limit = 64
+        c.eval.batch_size = 40
+        c.log_every = 20
+        c.eval_every = 600
+        c.checkpoint_every = 300
+    return c.lock()

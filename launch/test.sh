@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Every check of the repository: ruff, mypy, pytest.
+set -euo pipefail
+TORCH=2.13.0
+
+usage() {
+    cat <<'EOF'
+usage: bash launch/test.sh [PYTEST ARGUMENTS ...]
+
+Makes .venv, installs semflow_jax there with its test tools, and runs ruff, mypy and pytest.
+
+environment: PYTHON            the interpreter to make .venv with, 3.11 or later (default: python3)
+             ALL=1 or CI       run the slow tests too
+             SEMFLOW_TORCH=1   install a CPU build of torch for the parity tests, where there is one (CI implies it)
+             SEMFLOW_SHARED    folder of real data and weights (default: ../shared); its tests are skipped without it
+EOF
+}
+
+# The parity tests compare with torch. A CUDA build would bring gigabytes that no test uses.
+install_cpu_torch() {
+    if "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
+        echo "torch: is installed"
+    elif [[ -z "${CI:-}" && "${SEMFLOW_TORCH:-}" != 1 ]]; then
+        echo "torch: not installed, its parity tests are skipped (SEMFLOW_TORCH=1 installs it)"
+    elif [[ "$(python_version "$VENV_PYTHON")" != 3.11.* ]]; then
+        echo "torch: only installed on Python 3.11, its parity tests are skipped"
+    elif ! "$VENV_PYTHON" -m pip install --quiet --dry-run --report - "torch==$TORCH" 2>/dev/null | is_cpu_only; then
+        echo "torch: found no CPU build of $TORCH, its parity tests are skipped"
+    else
+        echo "torch: installing the CPU build of $TORCH"
+        "$VENV_PYTHON" -m pip install --quiet "torch==$TORCH"
+    fi
+}
+
+# Reads pip's report of what it would install.
+is_cpu_only() {
+    "$VENV_PYTHON" -c '
+import json, sys
+names = [item["metadata"]["name"].lower() for item in json.load(sys.stdin)["install"]]
+sys.exit(any(name.startswith(("nvidia", "cuda", "triton")) for name in names))' 2>/dev/null
+}
+
+for arg in "$@"; do
+    if [[ "$arg" == -h || "$arg" == --help ]]; then usage && exit; fi
+done
+
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+make_venv
+install "test,tensorboard"
+install_cpu_torch
+
+"$VENV_PYTHON" -m ruff check
+"$VENV_PYTHON" -m ruff format --check
+"$VENV_PYTHON" -m mypy semflow_jax main.py
+if [[ -n "${CI:-}" || "${ALL:-}" == 1 ]]; then
+    echo "pytest: all tests"
+    "$VENV_PYTHON" -m pytest -n auto "$@"
+else
+    echo "pytest: all but the slow tests (ALL=1 runs them too)"
+    "$VENV_PYTHON" -m pytest -n auto -m "not slow" "$@"
+fi

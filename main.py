@@ -1,0 +1,93 @@
+"""Trains a flow: `python main.py --config=configs/NAME.py --workdir=DIR [--config.key=value]`.
+
+Prepares the data where it is not prepared yet, trains (from the last checkpoint, if there is one), evaluates on the
+test split, and writes DIR/report.html, DIR/report.json, DIR/gallery.png and the model, DIR/export.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from semflow_jax import parallel
+from semflow_jax.data.prepare import ensure
+from semflow_jax.errors import UserError
+from semflow_jax.evaluate.report import write_report
+from semflow_jax.pipeline import SemFlow, make_config
+from semflow_jax.train import loop
+from semflow_jax.train.writer import read_metrics
+from semflow_jax.version import __version__
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
+START = float(os.environ.get("SEMFLOW_START_TIME", time.time()))  # a launcher counts its installation in
+
+log = logging.getLogger("semflow_jax")
+
+
+def run(workdir: pathlib.Path) -> None:
+    c = CONFIG.value
+    if (workdir / "report.json").exists():
+        loop.keep_config(c, workdir)
+        digest = json.loads((workdir / "report.json").read_text())["params_sha256"]
+        print(f"params_sha256 {digest}\ndone already: see {workdir / 'report.html'} (delete {workdir} to start over)")
+        return
+    setup = loop.make_setup(c, ensure(c.data), workdir)
+    loop.keep_config(c, workdir)
+    state = loop.train(setup, workdir)
+    digest = parallel.digest(state["params"])
+
+    params, frozen = state["ema"], setup.sampler.frozen
+    flow = SemFlow(make_config(c, setup.unet, setup.info), params, setup.sampler.code.params)
+    flow.save_pretrained(workdir / "export")
+    limit = c.eval.limit_final
+    segmentation = setup.evaluator.segmentation(params, frozen, "test", limit, progress="segment")
+    synthesis = setup.evaluator.synthesis(params, frozen, "test", limit, progress="synthesize")
+    gallery = setup.evaluator.gallery(params, frozen, "test")
+    rows = read_metrics(workdir)
+    result = {
+        "segmentation": segmentation,
+        "synthesis": synthesis,
+        "train": loop.summarize(rows),
+        "wall_seconds": time.time() - START,
+        "params_sha256": digest,
+        "num_params": loop.count_params(params),
+        "sampling": c.sampling.to_dict(),
+        "data": setup.info.to_dict() | {"split": "test", "limit": limit},
+        "config": json.loads(c.to_json_best_effort()),
+        "command": " ".join(sys.argv),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": {"semflow_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+    }
+    if jax.process_index() == 0:
+        write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
+    print(
+        f"test mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "
+        f"pixel accuracy {segmentation['pixel_accuracy']:.4f}, "
+        f"re-segmentation mIoU {synthesis['resegmentation_miou']:.3f}, diversity {synthesis['diversity']:.3f}\n"
+        f"params_sha256 {digest}\nreport: {workdir / 'report.html'}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    parallel.keep_compilations()
+    try:
+        run(pathlib.Path(WORKDIR.value or ""))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,183 @@
+"""The `semflow` command: prepare and inspect data; segment, synthesize and evaluate with a trained model."""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from semflow_jax import parallel
+from semflow_jax.data import prepare as data
+from semflow_jax.data.folder import read_image, read_label
+from semflow_jax.data.records import load_info
+from semflow_jax.errors import UserError
+from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.pipeline import SemFlow, shipped
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def find_inputs(path: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
+    """A file, or the files of a folder, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in suffixes)
+    if not files:
+        raise UserError(f"--input {path}: a file, or a folder with {', '.join(suffixes)} files, found none; correct it")
+    return files
+
+
+def _chunks(files: list[pathlib.Path], size: int, title: str) -> Iterator[list[pathlib.Path]]:
+    with tqdm(total=len(files), desc=title, unit="img") as bar:
+        for start in range(0, len(files), size):
+            chunk = files[start : start + size]
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _stack(pictures: list[np.ndarray], size: int) -> np.ndarray:
+    """A batch of `size`, the last picture repeated where there are fewer: one shape, one compilation."""
+    return np.stack(pictures + [pictures[-1]] * (size - len(pictures)))
+
+
+def segment(args: argparse.Namespace) -> None:
+    flow = SemFlow.from_pretrained(args.checkpoint)
+    files = find_inputs(args.input, IMAGES)
+    size = min(args.batch_size, len(files))
+    height, width = flow.info.size
+    args.out.mkdir(parents=True, exist_ok=True)
+    for chunk in _chunks(files, size, "segment"):
+        images = [read_image(file) for file in chunk]
+        small = [np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)) for image in images]
+        labels = flow.segment(_stack(small, size), args.steps, args.solver)
+        for file, image, label in zip(chunk, images, labels, strict=False):
+            mask = Image.fromarray(label[..., 0]).resize(image.size, Image.Resampling.NEAREST)
+            mask.putpalette(flow.code.colours.tobytes())  # class ids for programs, colours for eyes
+            mask.save(args.out / f"{file.stem}.png")
+    print(f"{len(files)} masks in {args.out}: palette PNGs whose pixel values are class ids")
+    for i, name in enumerate(flow.info.class_names):
+        print(f"{i:4} {name}")
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    flow = SemFlow.from_pretrained(args.checkpoint)
+    files = find_inputs(args.input, (".png",))
+    size = min(args.batch_size, len(files))
+    height, width = flow.info.size
+    args.out.mkdir(parents=True, exist_ok=True)
+    for start, chunk in enumerate(_chunks(files, size, "synthesize")):
+        labels = [Image.fromarray(read_label(file)).resize((width, height), Image.Resampling.NEAREST) for file in chunk]
+        key = jax.random.fold_in(jax.random.key(args.seed), start)
+        batch = _stack([np.asarray(label)[..., None] for label in labels], size)
+        images = flow.synthesize(batch, key=key, num_samples=args.num_samples, steps=args.steps, solver=args.solver)
+        for i, file in enumerate(chunk):
+            for k in range(args.num_samples):
+                Image.fromarray(images[k, i]).save(args.out / f"{file.stem}-{k}.png")
+    print(f"{len(files) * args.num_samples} images in {args.out}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    flow = SemFlow.from_pretrained(args.checkpoint)
+    info = load_info(args.data)
+    if (info.class_names, info.size) != (flow.info.class_names, flow.info.size):
+        raise UserError(
+            f"--data {args.data}: the model's classes and size, {flow.info.num_classes} at {flow.info.size}, expected, "
+            f"found {info.num_classes} at {info.size}; prepare the data for this model"
+        )
+    evaluator = Evaluator(flow.sampler, str(args.data), info, parallel.make_mesh(), flow.evaluation(args.batch_size))
+    inputs = (flow.params, flow.frozen, args.split, args.limit)
+    result = {
+        "checkpoint": args.checkpoint,
+        "split": args.split,
+        "limit": args.limit,
+        "segmentation": evaluator.segmentation(*inputs, progress="segment"),
+        "synthesis": evaluator.synthesis(*inputs, progress="synthesize"),
+        "sampling": flow.config["sampling"],
+        "params_sha256": parallel.digest(flow.params),
+    }
+    text = json.dumps(result, indent=2)
+    if args.out:
+        args.out.write_text(text)
+    print(text)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    size = None if args.size is None else tuple(args.size) if len(args.size) == 2 else args.size[0]
+    counts = {"num_train": args.num_train, "num_val": args.num_val, "seed": args.seed}
+    data.prepare(args.name, args.out, source=args.source, size=size, **counts)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    data.inspect(args.data, args.sheet)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="semflow", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.set_defaults(function=function)
+        return command
+
+    c = add(prepare, "make a prepared data set")
+    c.add_argument("name", choices=sorted(data.DEFAULTS))
+    c.add_argument("--source", type=pathlib.Path, help="raw files (folder, camvid)")
+    c.add_argument("--out", type=pathlib.Path, required=True)
+    c.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, or the side of a square")
+    c.add_argument("--num-train", type=int)
+    c.add_argument("--num-val", type=int)
+    c.add_argument("--seed", type=int, default=0)
+
+    c = add(inspect, "print what a prepared data set holds")
+    c.add_argument("data", type=pathlib.Path)
+    c.add_argument("--sheet", type=pathlib.Path, help="write a contact sheet, a PNG")
+
+    checkpoint = f"folder of a model or of a run, or a shipped model: {', '.join(shipped())}"
+    for function, text, what in (
+        (segment, "images -> masks", "images"),
+        (synthesize, "masks -> images", "PNGs of class ids"),
+    ):
+        c = add(function, text)
+        c.add_argument("--checkpoint", required=True, help=checkpoint)
+        c.add_argument("--input", type=pathlib.Path, required=True, help=f"{what}: a file or a folder")
+        c.add_argument("--out", type=pathlib.Path, required=True)
+        c.add_argument("--steps", type=int, help="of the ODE solver; default: the model's")
+        c.add_argument("--solver", help="euler, heun, midpoint or tsit5; default: the model's")
+        c.add_argument("--batch-size", type=int, default=16)
+        if function is synthesize:
+            c.add_argument("--num-samples", type=int, default=1, help="images of each mask")
+            c.add_argument("--seed", type=int, default=0)
+
+    c = add(evaluate, "figures of a model on a prepared data set")
+    c.add_argument("--checkpoint", required=True, help=checkpoint)
+    c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
+    c.add_argument("--split", default="test")
+    c.add_argument("--limit", type=int, help="the first N examples; default: all")
+    c.add_argument("--batch-size", type=int, default=32)
+    c.add_argument("--out", type=pathlib.Path, help="also write the figures here, as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; bad input is one line on stderr and exit code 2."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parallel.keep_compilations()
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"semflow: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

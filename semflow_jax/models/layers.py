@@ -1,0 +1,123 @@
+"""Layers whose parameter names are a PyTorch checkpoint's: `weight` and `bias`.
+
+Arrays are channels-last. Weights are stored as XLA likes them (convolutions HWIO, linear maps [in, out]); only the
+order of axes differs from PyTorch's. `param_dtype` stores, `dtype` computes; norms compute in float32 whatever `dtype`
+is.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+fan_in_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+zeros_init = nnx.initializers.zeros_init()
+
+
+class Conv(nnx.Module):
+    """2-D convolution, as `torch.nn.Conv2d`; `padding` is ((top, bottom), (left, right))."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: Padding | None = None,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        weight_init=fan_in_init,
+        rngs: nnx.Rngs,
+    ):
+        side = kernel // 2
+        self.stride = stride
+        self.padding = ((side, side), (side, side)) if padding is None else padding
+        self.dtype = dtype
+        self.weight = nnx.Param(weight_init(rngs.params(), (kernel, kernel, in_channels, out_channels), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "b h w cin"]) -> Float[Array, "b ho wo cout"]:
+        weight = self.weight[...].astype(self.dtype)
+        if weight.shape[:2] == (1, 1) and self.stride == 1:
+            x = x.astype(self.dtype) @ weight[0, 0]
+        else:
+            x = jax.lax.conv_general_dilated(
+                x.astype(self.dtype),
+                weight,
+                (self.stride, self.stride),
+                self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, as `torch.nn.Linear`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        weight_init=fan_in_init,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.weight = nnx.Param(weight_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "... cin"]) -> Float[Array, "... cout"]:
+        x = x.astype(self.dtype) @ self.weight[...].astype(self.dtype)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+def _normalise(x: Float[Array, "..."], axes: Sequence[int], eps: float) -> Float[Array, "..."]:
+    """(x - mean) / sqrt(var + eps) over `axes`; float32 in, float32 out."""
+    x = x - x.mean(axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + eps)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over space and the channels of a group, as `torch.nn.GroupNorm`; returns `x.dtype`."""
+
+    def __init__(self, channels: int, groups: int, eps: float, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        del rngs  # constant initialisation; taken so that all layers are built alike
+        self.groups = groups
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        groups = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
+        y = _normalise(groups, (1, 3), self.eps).reshape(b, h, w, c)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation of the last axis, as `torch.nn.LayerNorm`; returns `x.dtype`."""
+
+    def __init__(self, channels: int, eps: float = 1e-5, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        del rngs
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        y = _normalise(x.astype(jnp.float32), (-1,), self.eps)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Doubles height and width, each pixel becoming a 2 x 2 square."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -1,0 +1,148 @@
+"""Class ids <-> colours: the pseudo-mask of SemFlow, an RGB picture in [-1, 1] in which a colour stands for a class.
+
+A pseudo-mask is perturbed before it is encoded, which gives synthesis its diversity:
+
+    m = colour[label] + a_pixel (u - 1/2) + a_region (w[label] - 1/2),    u, w ~ U[0, 1),               (1)
+
+u drawn for every pixel and channel (the paper's), w for every class of an image and channel (ours: a region keeps one
+tint, so that the flow can turn tint into colour, and a flat region stays flat). Nearest-colour decoding survives while
+
+    sqrt(3) (a_pixel + a_region) < min distance between two colours.                                   (2)
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from semflow_jax.errors import UserError
+
+PALETTES = ("grid", "spread")
+VOID_COLOUR = (255, 255, 255)
+
+
+def grid_palette(num_classes: int, side: int = 6, step: int = 50) -> UInt8[np.ndarray, "n 3"]:
+    """The paper's colours: class c is the c-th point of a side^3 grid, last channel fastest.
+
+    Raises:
+        UserError: more classes than points.
+    """
+    if num_classes > side**3:
+        raise UserError(f"palette 'grid': at most {side**3} classes, got {num_classes}; use palette 'spread'")
+    ids = np.arange(num_classes)
+    return np.stack([ids // side**2, ids // side % side, ids % side], axis=-1).astype(np.uint8) * np.uint8(step)
+
+
+@functools.cache
+def _spread(num_classes: int) -> tuple[tuple[int, ...], ...]:
+    if num_classes <= 13:  # corners and face centres of the cube
+        points = np.array([p for p in itertools.product([0, 128, 255], repeat=3) if p.count(128) in (0, 2)])
+    else:
+        points = np.array(list(itertools.product(np.linspace(0, 255, 9).round(), repeat=3)))
+    chosen = [len(points) - 1]  # white, which is void's
+
+    def gap(others: list[int]) -> np.ndarray:
+        return np.linalg.norm(points[:, None] - points[others], axis=-1).min(axis=1)
+
+    for _ in range(num_classes):
+        chosen.append(int(gap(chosen).argmax()))
+    for _ in range(20 * num_classes):  # exchange: the most crowded colour moves to the emptiest place
+        distances = [gap([c for c in chosen if c != i])[i] for i in chosen[1:]]
+        crowded = 1 + int(np.argmin(distances))
+        others = chosen[:crowded] + chosen[crowded + 1 :]
+        best = int(gap(others).argmax())
+        if gap(others)[best] <= distances[crowded - 1]:
+            break
+        chosen[crowded] = best
+    return tuple(tuple(int(x) for x in points[i]) for i in chosen[1:])
+
+
+def spread_palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
+    """Colours far from each other and from void's white: farthest points of a grid, then improved by exchange."""
+    return np.array(_spread(num_classes), np.uint8)
+
+
+def make_palette(name: str, num_classes: int) -> UInt8[np.ndarray, "n 3"]:
+    """Colours by name, 'grid' or 'spread'."""
+    if name not in PALETTES:
+        raise UserError(f"palette: one of {PALETTES}, got {name!r}")
+    return grid_palette(num_classes) if name == "grid" else spread_palette(num_classes)
+
+
+def scale(rgb) -> np.ndarray:
+    """uint8 colours -> [-1, 1]."""
+    return np.asarray(rgb, np.float32) / 127.5 - 1
+
+
+def min_distance(palette: UInt8[np.ndarray, "n 3"]) -> float:
+    """Smallest Euclidean distance between two colours, on the [-1, 1] scale."""
+    colours = scale(palette)
+    gaps = np.linalg.norm(colours[:, None] - colours, axis=-1)
+    return float(gaps[~np.eye(len(colours), dtype=bool)].min())
+
+
+def check_amplitudes(palette: UInt8[np.ndarray, "n 3"], pixel: float, region: float) -> None:
+    """Refuses perturbations that could change a class: equation (2).
+
+    Raises:
+        UserError: naming the bound.
+    """
+    bound = min_distance(palette) / 3**0.5
+    if min(pixel, region) < 0 or pixel + region >= bound:
+        raise UserError(
+            f"mask_code.pixel + mask_code.region: at least 0 and below {bound:.3f} for this palette, "
+            f"got {pixel} + {region}; lower them or use palette 'spread'"
+        )
+
+
+def _lookup(
+    label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"], table: Float[Array, "*b n 3"]
+) -> Float[Array, "b h w 3"]:
+    """Row of `table` (shared, or one per image) by class id; rows beyond the table are zero. A one-hot product: a
+    gather of this shape is slow on accelerators, and its transpose slower.
+    """
+    one_hot = jax.nn.one_hot(label[..., 0], table.shape[-2], dtype=table.dtype)
+    return jnp.einsum("bhwn,bnc->bhwc" if table.ndim == 3 else "bhwn,nc->bhwc", one_hot, table)
+
+
+def colourise(
+    label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"], palette: UInt8[np.ndarray, "n 3"]
+) -> Float[Array, "b h w 3"]:
+    """Class ids -> pseudo-mask in [-1, 1]; ids outside the palette (void) become white."""
+    known = label < len(palette)
+    return jnp.where(known, _lookup(label, jnp.asarray(scale(palette))), scale(VOID_COLOUR))
+
+
+def region_tint(
+    key: PRNGKeyArray, label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"], num_classes: int
+) -> Float[Array, "b h w 3"]:
+    """w[label] - 1/2 of equation (1): one random colour per class of each image, 0 where void."""
+    return _lookup(label, jax.random.uniform(key, (label.shape[0], num_classes, 3)) - 0.5)
+
+
+def perturb(
+    key: PRNGKeyArray,
+    mask_rgb: Float[Array, "b h w 3"],
+    label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"],
+    num_classes: int,
+    pixel: float,
+    region: float,
+) -> Float[Array, "b h w 3"]:
+    """Equation (1)."""
+    key_pixel, key_region = jax.random.split(key)
+    if pixel:
+        mask_rgb = mask_rgb + pixel * (jax.random.uniform(key_pixel, mask_rgb.shape) - 0.5)
+    if region:
+        mask_rgb = mask_rgb + region * region_tint(key_region, label, num_classes)
+    return mask_rgb
+
+
+def decode(mask_rgb: Float[Array, "b h w 3"], palette: UInt8[np.ndarray, "n 3"]) -> UInt8[Array, "b h w 1"]:
+    """Pseudo-mask -> class ids, by nearest colour."""
+    colours = jnp.asarray(scale(palette))
+    # |m - c|^2 without |m|^2, which is the same for every colour
+    score = mask_rgb @ (2 * colours.T) - jnp.square(colours).sum(-1)
+    return jnp.argmax(score, axis=-1, keepdims=True).astype(jnp.uint8)

@@ -1,0 +1,102 @@
+"""From photos to class maps and back: codec, mask code and ODE as two pure functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from semflow_jax import solve
+from semflow_jax.codec import Codec
+from semflow_jax.mask_code import MaskCode
+from semflow_jax.models.build import Params
+
+Frozen = dict[str, Params]  # codec, code
+
+
+def to_float(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """0..255 -> [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(image: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
+    """[-1, 1] -> 0..255; what lies beyond is clipped."""
+    return jnp.clip(jnp.round((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+class Sampler:
+    """Both directions of a flow, as pure functions of the network's parameters and the frozen ones of codec and code.
+
+    Args:
+        velocity_fn: (params, zt, t, context) -> v.
+        codec: between pixels and latents.
+        code: between class ids and mask latents.
+    """
+
+    def __init__(self, velocity_fn: Callable[..., Array], codec: Codec, code: MaskCode):
+        self.velocity_fn = velocity_fn
+        self.codec = codec
+        self.code = code
+
+    @property
+    def frozen(self) -> Frozen:
+        """The arrays that are not trained; hand them to jitted functions as an argument."""
+        return {"codec": self.codec.params, "code": self.code.params}
+
+    def field(self, params: Params, context=None) -> solve.VelocityFn:
+        return lambda zt, t: self.velocity_fn(params, zt, t, context)
+
+    def encode_image(self, frozen: Frozen, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b hz wz c"]:
+        """Photo -> z_0."""
+        return self.codec.encode(frozen["codec"], to_float(image))
+
+    def encode_mask(
+        self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b hz wz c"]:
+        """Class ids -> z_1, perturbed where a key is given."""
+        return self.code.encode(frozen["code"], frozen["codec"], label, key)
+
+    def decode_mask(self, frozen: Frozen, z1: Float[Array, "b hz wz c"]) -> UInt8[Array, "b h w 1"]:
+        """z_1 -> class ids."""
+        return self.code.decode(frozen["code"], frozen["codec"], z1)
+
+    def segment(
+        self, params: Params, frozen: Frozen, image: UInt8[Array, "b h w 3"], steps: int, solver: str, context=None
+    ) -> UInt8[Array, "b h w 1"]:
+        """Photo -> class ids: t from 0 to 1."""
+        z0 = self.encode_image(frozen, image)
+        return self.decode_mask(frozen, solve.image_to_mask(self.field(params, context), z0, steps, solver))
+
+    def synthesize(
+        self,
+        params: Params,
+        frozen: Frozen,
+        label: UInt8[Array, "b h w 1"],
+        key: PRNGKeyArray,
+        steps: int,
+        solver: str,
+        context=None,
+    ) -> UInt8[Array, "b h w 3"]:
+        """Class ids -> photo: t from 1 to 0; another key, another photo of the same mask."""
+        z1 = self.encode_mask(frozen, label, key)
+        z0 = solve.mask_to_image(self.field(params, context), z1, steps, solver)
+        return to_uint8(self.codec.decode(frozen["codec"], z0))
+
+    def ceiling(self, frozen: Frozen, label: UInt8[Array, "b h w 1"]) -> UInt8[Array, "b h w 1"]:
+        """The true mask through the code and back: the best that any network behind it can do."""
+        return self.decode_mask(frozen, self.encode_mask(frozen, label))
+
+    def frames(
+        self,
+        params: Params,
+        frozen: Frozen,
+        image: UInt8[Array, "b h w 3"],
+        num_frames: int,
+        steps: int,
+        context=None,
+    ) -> tuple[UInt8[Array, "f b h w 3"], UInt8[Array, "f b h w 1"]]:
+        """The path of the ODE from a photo to its mask, seen by both decoders: as pictures and as class ids."""
+        z0 = self.encode_image(frozen, image)
+        path = solve.path(self.field(params, context), z0, num_frames, to_mask=True, steps=steps)
+        pictures = jax.vmap(lambda z: to_uint8(self.codec.decode(frozen["codec"], z)))(path)
+        return pictures, jax.vmap(lambda z: self.decode_mask(frozen, z))(path)

@@ -1,0 +1,75 @@
+"""Checkpoints: Orbax, written in the background, the data iterator's position inside.
+
+A step's folder appears when it is whole. Kept are the newest two and the best by validation mIoU. Where the newest
+can't be read, the one before is taken, with a warning.
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from semflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+BEST = "miou"  # the metric, larger is better, that marks a checkpoint as best
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 2):
+        best = policies.BestN(get_metric_fn=lambda m: m[BEST], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            # With `max_to_keep` and `best_fn` the newest would be deleted whenever it is not among the best.
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self.manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def save(self, state: dict[str, Any], iterator, metrics: dict[str, float] | None = None) -> None:
+        """Saves the state and the iterator's position under the state's step; returns before the bytes are on disk."""
+        step = int(state["step"])
+        if step == self.manager.latest_step():
+            return
+        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, state: dict[str, Any], iterator=None) -> dict[str, Any] | None:
+        """The newest readable state, shaped, typed and sharded as `state`; None where there is no checkpoint.
+
+        Args:
+            state: arrays, or ShapeDtypeStructs with shardings.
+            iterator: set to the position it had then.
+
+        Raises:
+            UserError: there are checkpoints and none can be read.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
+            if iterator is not None:
+                items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            try:
+                return self.manager.restore(step, args=ocp.args.Composite(**items))["state"]
+            except Exception as error:  # Orbax raises many kinds for a truncated or flipped file
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                log.warning("checkpoint %s of %s can't be read (%s)", step, self.manager.directory, reason)
+        if steps:
+            raise UserError(
+                f"{self.manager.directory}: a checkpoint must be whole and of this config's shapes, none of steps "
+                f"{steps} is; restore the config it was trained with, or choose another --workdir"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()

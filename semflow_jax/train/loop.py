@@ -1,0 +1,242 @@
+"""The run, on one page: build, restore, step, log, evaluate, save, stop when asked."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from semflow_jax import parallel
+from semflow_jax.codec import Codec, make_codec
+from semflow_jax.data.info import DataInfo
+from semflow_jax.data.pipeline import make_train_iterator
+from semflow_jax.data.records import load_info, open_records, spread_indices
+from semflow_jax.errors import UserError
+from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.mask_code import fit_linear_code, make_mask_code
+from semflow_jax.models.build import Params, count_params, init_unet, make_velocity_fn
+from semflow_jax.models.unet import UNetConfig
+from semflow_jax.sampling import Sampler
+from semflow_jax.train.checkpoint import Checkpoints
+from semflow_jax.train.optim import make_optimizer
+from semflow_jax.train.step import TrainState, make_state, make_train_step
+from semflow_jax.train.writer import Writer
+from semflow_jax.weights.load import load_safetensors, save_safetensors
+
+log = logging.getLogger(__name__)
+
+NUM_FITTED = 2000  # training labels that the linear mask code is fitted to
+FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config stands for: everything but the weights."""
+
+    config: ConfigDict
+    data_dir: str
+    info: DataInfo
+    mesh: Mesh
+    unet: UNetConfig
+    sampler: Sampler
+    evaluator: Evaluator
+
+
+def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
+    """Builds and checks everything that can be wrong before the first step.
+
+    Raises:
+        UserError: for any config value that does not fit the others, the data or the devices.
+    """
+    info = load_info(data_dir)
+    mesh = parallel.make_mesh()
+    parallel.local_batch_size(c.batch_size, mesh)
+    if c.batch_size % (c.optim.accum_steps * mesh.size):
+        raise UserError(
+            f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
+            f"got {c.optim.accum_steps} x {mesh.size}; change one of them"
+        )
+    codec = make_codec(c.codec)
+    m = c.model.to_dict()
+    if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
+        raise UserError(
+            "model: block_out_channels, attention and num_heads need one entry per level each, "
+            f"got {m['block_out_channels']}, {m['attention']}, {m['num_heads']}; make them equally long"
+        )
+    unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
+    unet.check()
+    codec.latent_shape(info.size, unet.factor)
+    code = make_mask_code(c.mask_code, codec, info.num_classes, _code_params(c, codec, data_dir, info, workdir))
+    sampler = Sampler(make_velocity_fn(unet), codec, code)
+    return Setup(c, data_dir, info, mesh, unet, sampler, Evaluator(sampler, data_dir, info, mesh, c))
+
+
+def _code_params(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> Params | None:
+    """The fitted arrays of the linear code: the run's own where it has begun, else made from training labels."""
+    if c.mask_code.name != "linear":
+        return None
+    file = workdir / "mask_code.safetensors"
+    if not file.exists():
+        records = open_records(data_dir, "train")
+        labels = (records[i]["label"] for i in spread_indices(len(records), NUM_FITTED))
+        save_safetensors(file, fit_linear_code(labels, info.num_classes, codec, c.mask_code.whiten))
+    return {name: jnp.asarray(x) for name, x in load_safetensors(file).items()}
+
+
+def keep_config(c: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the config beside the run; a run that goes on must have the config it began with.
+
+    Raises:
+        UserError: naming the keys that differ.
+    """
+    path = workdir / "config.json"
+    ours = json.loads(c.to_json_best_effort())
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
+        if changed:
+            raise UserError(
+                f"{path}: a run goes on with the config it began with, changed: {', '.join(changed)}; "
+                "undo that, or choose another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ours, indent=2))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; the loop looks between two steps."""
+    received: list[int] = []
+    old = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def train(s: Setup, workdir: pathlib.Path) -> TrainState:
+    """Trains from the newest checkpoint, or from nothing, to `config.num_steps`; returns the state.
+
+    A stop signal saves and exits with code 0; a killed run goes on from its last checkpoint. Either way the parameters
+    end up bitwise as if nothing had happened.
+    """
+    c = s.config
+    main_process = jax.process_index() == 0
+
+    # State first: its shapes tell what a checkpoint must hold.
+    optimizer = make_optimizer(c.optim, c.num_steps)
+    everywhere = parallel.replicated(s.mesh)
+    init_fn = jax.jit(lambda: make_state(init_unet(s.unet, c.seed), optimizer), out_shardings=everywhere)
+    iterator = make_train_iterator(
+        s.data_dir,
+        parallel.local_batch_size(c.batch_size, s.mesh),
+        seed=c.seed,
+        flip=c.data.flip,
+        crop_scale=c.data.crop_scale,
+        num_workers=c.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    checkpoints = Checkpoints(workdir)
+    shapes = jax.eval_shape(init_fn)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+    restored = checkpoints.restore(abstract, iterator)
+    state = init_fn() if restored is None else restored
+    start = int(state["step"])
+    if main_process:
+        if start:
+            log.info("resumed at step %d of %d", start, c.num_steps)
+        else:
+            log.info("%s", parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+        log.info("%s parameters", f"{count_params(state['params']):,}")
+    if start >= c.num_steps:
+        checkpoints.close()
+        return state
+
+    frozen = jax.device_put(s.sampler.frozen, everywhere)
+    key = jax.random.key(c.seed)
+    jitted = jax.jit(make_train_step(s.sampler, optimizer, c), donate_argnums=0)
+    batch = parallel.to_global(next(iterator), s.mesh)
+    compile_start = time.perf_counter()
+    step_fn = jitted.lower(state, frozen, batch, key).compile()
+    log.info("compiled the training step in %.0f s", time.perf_counter() - compile_start)
+
+    writer = Writer(workdir, start) if main_process else None
+    bar = tqdm(
+        total=c.num_steps,
+        initial=start,
+        desc="train",
+        unit="step",
+        disable=not main_process,
+        smoothing=0.05,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    )
+    window: list[dict[str, jax.Array]] = []
+    window_start = time.perf_counter()
+    with stop_signals() as received, bar:
+        for step in range(start + 1, c.num_steps + 1):
+            state, metrics = step_fn(state, frozen, batch, key)
+            stopping = bool(received)  # read once: a signal that comes later is the next step's
+            pausing = stopping or step == c.num_steps or step % c.checkpoint_every == 0 or step % c.eval_every == 0
+            # The next batch is read while the devices compute, except where the iterator's position is to be saved.
+            if not pausing:
+                batch = parallel.to_global(next(iterator), s.mesh)
+            if window:
+                jax.block_until_ready(window[-1])  # one step ahead of the devices, no more
+            window.append(metrics)
+            bar.update()
+
+            if step % c.log_every == 0 or step == c.num_steps:
+                means = {name: float(np.mean([m[name] for m in window])) for name in metrics}
+                seconds = time.perf_counter() - window_start
+                rate = len(window) * c.batch_size / seconds
+                if writer is not None:
+                    writer.scalars(step, means | {"images_per_second": rate, "seconds": seconds})
+                bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{rate:.1f}")
+                window, window_start = [], time.perf_counter()
+
+            if pausing:
+                pause = time.perf_counter()
+                found = None
+                if step % c.eval_every == 0 or step == c.num_steps:
+                    found = s.evaluator.segmentation(state["ema"], frozen, "val", c.eval.limit)
+                    if writer is not None:
+                        writer.scalars(step, {f"val/{name}": found[name] for name in ("miou", "pixel_accuracy")})
+                checkpoints.save(state, iterator, found and {"miou": found["miou"]})
+                if stopping and step < c.num_steps:
+                    checkpoints.close()
+                    log.info("stopped by signal %d, saved step %d: run the same command to go on", received[0], step)
+                    sys.exit(0)
+                if step < c.num_steps:
+                    batch = parallel.to_global(next(iterator), s.mesh)
+                window_start += time.perf_counter() - pause
+    checkpoints.close()
+    if writer is not None:
+        writer.close()
+    return state
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Steps, seconds and images per second of a run, over all its sessions, from its metrics."""
+    logged = [row for row in rows if "seconds" in row]
+    seconds = sum(row["seconds"] for row in logged)
+    images = sum(row["seconds"] * row["images_per_second"] for row in logged)
+    return {
+        "steps": max((row["step"] for row in logged), default=0),
+        "seconds": seconds,
+        "images_per_second": images / max(seconds, 1e-9),
+    }

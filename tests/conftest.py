@@ -1,0 +1,20 @@
+"""Shared fixtures. jaxtyping shapes are checked at run time here, and only here."""
+
+import os
+import pathlib
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("semflow_jax", "beartype.beartype")
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def shared_dir() -> pathlib.Path:
+    """Folder with real data and weights; tests that need it are skipped where it is absent."""
+    path = (REPO / os.environ.get("SEMFLOW_SHARED", "../shared")).resolve()
+    if not path.is_dir():
+        pytest.skip(f"SEMFLOW_SHARED: no folder at {path}")
+    return path
