@@ -45,7 +45,7 @@ def run(workdir: pathlib.Path) -> None:
     digest = parallel.digest(state["params"])
 
     params, frozen = state["ema"], setup.sampler.frozen
-    flow = SemFlow(make_config(c, setup.unet, setup.info), params, setup.sampler.code.params)
+    flow = SemFlow(make_config(c, setup.unet, setup.info), params, setup.fitted)
     flow.save_pretrained(workdir / "export")
     limit = c.eval.limit_final
     segmentation = setup.evaluator.segmentation(params, frozen, "test", limit, progress="segment")

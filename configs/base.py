@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.codec = ConfigDict()
     c.codec.name = "patch"  # patch | taesd | taesd3 | taef1 | taef2
     c.codec.factor = 4  # side of a patch, for patch
+    c.codec.whiten = 0.0  # evens out the spread of patches: 0 leaves it, 1 makes all directions alike, for patch
     c.codec.path = ""  # safetensors file, for the others; $VARIABLES expand
 
     c.mask_code = ConfigDict()
@@ -31,7 +32,7 @@ def get_config() -> ConfigDict:
     c.mask_code.palette = "spread"  # grid: the paper's colours | spread: far apart
     c.mask_code.pixel = 0.1  # amplitude of the perturbation per pixel and channel, as in the paper
     c.mask_code.region = 0.0  # amplitude of the perturbation per class of an image and channel
-    c.mask_code.whiten = 0.5  # linear: 0 leaves the spread of the patches, 1 makes all directions alike
+    c.mask_code.whiten = 0.5  # the same for linear
 
     c.model = ConfigDict()  # see UNetConfig; channels follow from the codec
     c.model.block_out_channels = (32, 64, 96)
@@ -40,6 +41,7 @@ def get_config() -> ConfigDict:
     c.model.num_heads = (4, 4, 4)
     c.model.cross_attention_dim = config_dict.placeholder(int)
     c.model.num_groups = 8
+    c.model.skip = False  # v = F(zt, t) + (2t - 1) zt: for networks that start from nothing
     c.model.dtype = "float32"  # computes; bfloat16 on accelerators
     c.model.param_dtype = "float32"  # stores
 

@@ -1,19 +1,23 @@
 """Pixels <-> latents. A codec is frozen: pictures in [-1, 1] go in, latents of one shape for images and masks come out.
 
-`patch` moves each factor x factor square of pixels into channels: lossless, no weights, for small pictures. The others
-are pretrained tiny autoencoders (see `models/tiny_vae.py`); `taesd` lives in Stable Diffusion 1.5's own latent space.
+`patch` moves each factor x factor square of pixels into channels and evens out their spread (see `whiten.py`):
+lossless, nothing to download, for small pictures. The others are pretrained tiny autoencoders (see
+`models/tiny_vae.py`); `taesd` lives in Stable Diffusion 1.5's own latent space.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
+from semflow_jax import whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_tiny_vae_fns
 from semflow_jax.models.tiny_vae import FACTOR, TINY_VAES
@@ -21,6 +25,7 @@ from semflow_jax.weights.keys import TINY_VAE
 from semflow_jax.weights.load import fill, load_safetensors
 
 CODECS = ("patch", *TINY_VAES)
+AnyArray = Any  # numpy in, numpy out; jax in, jax out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Codec:
     params: the frozen weights; hand them to jitted functions as an argument.
     encode: (params, image [b h w 3] in [-1, 1]) -> z [b h/factor w/factor channels].
     decode: (params, z) -> image, about [-1, 1].
-    pool: carries a map of pixels [b h w 1] to the latent grid, as a weight of each place (and channel).
+    pool: carries a map of pixels [b h w 1] to the latent grid, as a weight of each place.
     """
 
     name: str
@@ -61,30 +66,38 @@ class Codec:
         return size[0] // self.factor, size[1] // self.factor, self.channels
 
 
-def to_patches(image: Float[Array, "b h w c"], factor: int) -> Float[Array, "b hz wz d"]:
+def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
     """Space to depth: [b h w c] -> [b h/f w/f f*f*c]."""
     b, h, w, c = image.shape
     x = image.reshape(b, h // factor, factor, w // factor, factor, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
 
 
-def from_patches(z: Float[Array, "b hz wz d"], factor: int) -> Float[Array, "b h w c"]:
+def from_patches(z: Float[AnyArray, "b hz wz d"], factor: int) -> Float[AnyArray, "b h w c"]:
     """Depth to space, the inverse of `to_patches`."""
     b, h, w, d = z.shape
     x = z.reshape(b, h, w, factor, factor, d // factor**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, d // factor**2)
 
 
-def make_patch_codec(factor: int) -> Codec:
-    """The lossless codec of factor x factor patches."""
+def fit_patch_codec(
+    images: Iterable[UInt8[np.ndarray, "h w 3"]], factor: int, exponent: float
+) -> dict[str, np.ndarray]:
+    """The arrays of `make_patch_codec`, from training images."""
+    chunks = (to_patches(image[None].astype(np.float32) / 127.5 - 1, factor) for image in images)
+    return whiten.fit((x.reshape(-1, x.shape[-1]) for x in chunks), 3 * factor**2, exponent)
+
+
+def make_patch_codec(factor: int, params: Params) -> Codec:
+    """The lossless codec of factor x factor patches; without `params`, their pixels as they are."""
     return Codec(
         name=f"patch {factor} x {factor}, lossless",
         factor=factor,
         channels=3 * factor**2,
-        params={},
-        encode=lambda params, image: to_patches(image, factor),
-        decode=lambda params, z: from_patches(z, factor),
-        pool=lambda pixels: to_patches(jnp.repeat(pixels, 3, axis=-1), factor),
+        params=params,
+        encode=lambda p, image: whiten.analyse(p, to_patches(image, factor)) if p else to_patches(image, factor),
+        decode=lambda p, z: from_patches(whiten.synthesise(p, z) if p else z, factor),
+        pool=lambda pixels: to_patches(pixels, factor).mean(-1, keepdims=True),
     )
 
 
@@ -107,12 +120,15 @@ def load_tiny_codec(name: str, path: str | os.PathLike) -> Codec:
     )
 
 
-def make_codec(c: ConfigDict) -> Codec:
-    """The codec of a config section: `name`, `factor` (patch) and `path` (weights of the others; $VARIABLES expand)."""
+def make_codec(c: ConfigDict, params: Params) -> Codec:
+    """The codec of a config section.
+
+    Args: params: what `fit_patch_codec` found, for `patch`; the others read the file at `c.path` ($VARIABLES expand).
+    """
     if c.name not in CODECS:
         raise UserError(f"codec.name: one of {CODECS}, got {c.name!r}")
     if c.name == "patch":
-        return make_patch_codec(c.factor)
+        return make_patch_codec(c.factor, params)
     path = pathlib.Path(os.path.expandvars(c.path)).expanduser()
     if not path.is_file():
         raise UserError(f"codec.path: the {c.name} weights, a safetensors file, found none at {path}; download them")

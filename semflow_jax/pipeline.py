@@ -27,10 +27,10 @@ from semflow_jax.models.build import Params, abstract_unet, make_velocity_fn
 from semflow_jax.models.unet import UNetConfig
 from semflow_jax.sampling import Sampler, to_uint8
 from semflow_jax.weights.export import to_torch
-from semflow_jax.weights.load import fill, load_safetensors, save_safetensors
+from semflow_jax.weights.load import fill, load_safetensors, prefixed, save_safetensors, split_prefixed
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-CODE = "mask_code."  # prefix of the mask code's arrays among the network's
+FITTED = ("codec", "code")  # prefixes of arrays that were fitted to data rather than trained
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -63,13 +63,14 @@ class SemFlow:
         sampler: the pure functions behind the methods.
     """
 
-    def __init__(self, config: dict[str, Any], params: Params, code_params: Params):
+    def __init__(self, config: dict[str, Any], params: Params, fitted: dict[str, Params]):
         self.config = config
         self.params = params
         self.info = DataInfo.from_dict(config["data"])
         self.unet = _unet_config(config)
-        self.codec = make_codec(ConfigDict(config["codec"]))
-        self.code = make_mask_code(ConfigDict(config["mask_code"]), self.codec, self.info.num_classes, code_params)
+        self.fitted = fitted
+        self.codec = make_codec(ConfigDict(config["codec"]), fitted["codec"])
+        self.code = make_mask_code(ConfigDict(config["mask_code"]), self.codec, self.info.num_classes, fitted["code"])
         self.sampler = Sampler(make_velocity_fn(self.unet), self.codec, self.code)
         self.frozen = self.sampler.frozen
         static = ("steps", "solver")
@@ -92,9 +93,9 @@ class SemFlow:
             config["model"]["dtype"] = dtype
         file = folder / WEIGHTS
         tensors = load_safetensors(file)
-        code = {key.removeprefix(CODE): jnp.asarray(tensors.pop(key)) for key in list(tensors) if key.startswith(CODE)}
+        fitted = split_prefixed(tensors, FITTED)
         params = fill(abstract_unet(_unet_config(config)), tensors, place=str(file))
-        return cls(config, jax.tree.map(jnp.asarray, params), code)
+        return cls(config, jax.tree.map(jnp.asarray, params), fitted)
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32", card: str = "") -> None:
         """Writes config.json, model.safetensors (PyTorch's layout of axes) and a model card.
@@ -103,8 +104,7 @@ class SemFlow:
         """
         folder = pathlib.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        code = {CODE + name: np.asarray(x) for name, x in self.code.params.items()}
-        save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype) | code)
+        save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype) | prefixed(self.fitted))
         (folder / CARD).write_text(card or f"# {self.info.name}\n\n{self.info.attribution}\n\n{self.info.license}\n")
         (folder / CONFIG).write_text(json.dumps(self.config, indent=1))
 

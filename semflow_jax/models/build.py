@@ -10,10 +10,11 @@ from jaxtyping import Array
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.unet import UNet, UNetConfig
 
-Params = dict[str, Array]  # {'down_blocks.0.resnets.0.conv1.weight': array}: the paths are the checkpoint's keys
+Params = dict[str, Any]  # {'down_blocks.0.resnets.0.conv1.weight': array}: the paths are the checkpoint's keys
+Abstract = dict[str, jax.ShapeDtypeStruct]  # the same without values
 
 
-def flatten(module: nnx.Module) -> Params:
+def flatten(module: nnx.Module) -> dict[str, Any]:
     """The arrays of a module by '.'-joined path, sorted."""
     flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(module)))
     return dict(sorted((".".join(str(part) for part in path), leaf) for path, leaf in flat.items()))
@@ -29,7 +30,7 @@ def _unflatten(params: Params) -> dict[str, Any]:
     )
 
 
-def _make_abstract(make_fn: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+def _make_abstract(make_fn: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Abstract]:
     module = nnx.eval_shape(make_fn)
     return nnx.split(module)[0], flatten(module)
 
@@ -39,7 +40,7 @@ def init_unet(config: UNetConfig, seed: int = 0) -> Params:
     return jax.jit(lambda: flatten(UNet(config, rngs=nnx.Rngs(seed))))()
 
 
-def abstract_unet(config: UNetConfig) -> Params:
+def abstract_unet(config: UNetConfig) -> Abstract:
     """Shapes and types of the parameters; nothing is allocated."""
     return _make_abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[1]
 
@@ -54,7 +55,7 @@ def make_velocity_fn(config: UNetConfig) -> Callable[..., Array]:
     return velocity
 
 
-def make_tiny_vae_fns(name: str) -> tuple[Callable[..., Array], Callable[..., Array], Params]:
+def make_tiny_vae_fns(name: str) -> tuple[Callable[..., Array], Callable[..., Array], Abstract]:
     """Returns encode(params, image), decode(params, z), and the abstract parameters, of a tiny autoencoder."""
     graphdef, abstract = _make_abstract(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)))
 

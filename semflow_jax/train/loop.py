@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from semflow_jax import parallel
-from semflow_jax.codec import Codec, make_codec
+from semflow_jax.codec import fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.records import load_info, open_records, spread_indices
@@ -34,11 +33,11 @@ from semflow_jax.train.checkpoint import Checkpoints
 from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.step import TrainState, make_state, make_train_step
 from semflow_jax.train.writer import Writer
-from semflow_jax.weights.load import load_safetensors, save_safetensors
+from semflow_jax.weights.load import load_safetensors, prefixed, save_safetensors, split_prefixed
 
 log = logging.getLogger(__name__)
 
-NUM_FITTED = 2000  # training labels that the linear mask code is fitted to
+NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
 FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
 
 
@@ -51,6 +50,7 @@ class Setup:
     info: DataInfo
     mesh: Mesh
     unet: UNetConfig
+    fitted: dict[str, Params]
     sampler: Sampler
     evaluator: Evaluator
 
@@ -69,7 +69,8 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
             f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
             f"got {c.optim.accum_steps} x {mesh.size}; change one of them"
         )
-    codec = make_codec(c.codec)
+    fitted = _fitted(c, data_dir, info, workdir)
+    codec = make_codec(c.codec, fitted["codec"])
     m = c.model.to_dict()
     if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
         raise UserError(
@@ -79,21 +80,26 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
     unet.check()
     codec.latent_shape(info.size, unet.factor)
-    code = make_mask_code(c.mask_code, codec, info.num_classes, _code_params(c, codec, data_dir, info, workdir))
+    code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
     sampler = Sampler(make_velocity_fn(unet), codec, code)
-    return Setup(c, data_dir, info, mesh, unet, sampler, Evaluator(sampler, data_dir, info, mesh, c))
+    return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
 
 
-def _code_params(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> Params | None:
-    """The fitted arrays of the linear code: the run's own where it has begun, else made from training labels."""
-    if c.mask_code.name != "linear":
-        return None
-    file = workdir / "mask_code.safetensors"
+def _fitted(c: ConfigDict, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
+    """The arrays of codec and mask code that are fitted to training data: the run's own where it has begun."""
+    file = workdir / "fitted.safetensors"
     if not file.exists():
         records = open_records(data_dir, "train")
-        labels = (records[i]["label"] for i in spread_indices(len(records), NUM_FITTED))
-        save_safetensors(file, fit_linear_code(labels, info.num_classes, codec, c.mask_code.whiten))
-    return {name: jnp.asarray(x) for name, x in load_safetensors(file).items()}
+        chosen = [records[i] for i in spread_indices(len(records), NUM_FITTED)]
+        codec: Params = {}
+        if c.codec.name == "patch" and c.codec.whiten:
+            codec = fit_patch_codec((example["image"] for example in chosen), c.codec.factor, c.codec.whiten)
+        code: Params = {}
+        if c.mask_code.name == "linear":
+            labels = (example["label"] for example in chosen)
+            code = fit_linear_code(labels, info.num_classes, make_codec(c.codec, codec), c.mask_code.whiten)
+        save_safetensors(file, prefixed({"codec": codec, "code": code}))
+    return split_prefixed(load_safetensors(file), ("codec", "code"))
 
 
 def keep_config(c: ConfigDict, workdir: pathlib.Path) -> None:

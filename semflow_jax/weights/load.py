@@ -4,9 +4,10 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -82,6 +83,21 @@ def save_safetensors(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def prefixed(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """{group: {name: array}} -> {'group.name': array}."""
+    return {f"{group}.{name}": np.asarray(x) for group, arrays in groups.items() for name, x in arrays.items()}
+
+
+def split_prefixed(tensors: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
+    """The inverse of `prefixed`, as arrays of jax; takes the tensors it finds out of `tensors`."""
+    found: dict[str, Any] = {group: {} for group in groups}
+    for key in list(tensors):
+        group, _, name = key.partition(".")
+        if group in found:
+            found[group][name] = jnp.asarray(tensors.pop(key))
+    return found
 
 
 def fill(

@@ -1,0 +1,21 @@
+"""The shipped avatar model: `semflow segment --checkpoint avatars`.
+
+python main.py --config=configs/avatars.py --workdir=runs/avatars
+"""
+
+from configs import quickstart
+
+
+def get_config():
+    c = quickstart.get_config()
+    with c.unlocked():
+        c.num_steps = 10_000
+        c.data.num_train = 8000
+        c.data.num_val = 400
+        c.optim.warmup = 500
+        c.optim.ema = 0.999
+        c.sampling.steps = 25
+        c.log_every = 50
+        c.eval_every = 2000
+        c.checkpoint_every = 500
+    return c.lock()

@@ -1,0 +1,122 @@
+"""flow.py: the path, its velocity, the distributions of t, and the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semflow_jax import flow
+
+SHAPE = (5, 4, 6, 3)
+
+
+def make_pair(seed: int = 0):
+    key0, key1 = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(key0, SHAPE), jax.random.normal(key1, SHAPE)
+
+
+def test_path_begins_at_the_image_and_ends_at_the_mask():
+    z0, z1 = make_pair()
+    np.testing.assert_array_equal(flow.interpolate(z0, z1, jnp.zeros(5)), z0)
+    np.testing.assert_array_equal(flow.interpolate(z0, z1, jnp.ones(5)), z1)
+
+
+def test_every_sample_has_its_own_time():
+    z0, z1 = make_pair()
+    t = jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    zt = flow.interpolate(z0, z1, t)
+    for i in range(5):
+        np.testing.assert_allclose(zt[i], (1 - t[i]) * z0[i] + t[i] * z1[i], rtol=1e-6, atol=1e-6)
+
+
+def test_velocity_is_the_derivative_of_the_path_at_any_time():
+    z0, z1 = make_pair()
+    t = jnp.array([0.0, 0.1, 0.5, 0.9, 1.0])
+    _, derivative = jax.jvp(lambda t: flow.interpolate(z0, z1, t), (t,), (jnp.ones(5),))
+    np.testing.assert_allclose(derivative, flow.velocity(z0, z1), rtol=1e-6, atol=1e-6)
+
+
+def logit_normal_cdf(t):
+    return jax.scipy.special.ndtr(jax.scipy.special.logit(t))
+
+
+def u_shaped_cdf(t):
+    return 0.5 + jnp.sinh(4 * (t - 0.5)) / (2 * jnp.sinh(2.0))
+
+
+CDFS = {"uniform": lambda t: t, "logit_normal": logit_normal_cdf, "u_shaped": u_shaped_cdf}
+
+
+def test_closed_forms_are_densities():
+    """The u-shaped one is the integral of a multiple of cosh(4 (t - 1/2)); all run from 0 to 1."""
+    t = jnp.linspace(0.0, 1.0, 11)
+    slope = jax.vmap(jax.grad(u_shaped_cdf))(t) / jnp.cosh(4 * (t - 0.5))
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-5)
+    for cdf in CDFS.values():
+        np.testing.assert_allclose(cdf(jnp.array([0.0, 0.5, 1.0])), [0.0, 0.5, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", flow.TIME_SAMPLINGS)
+def test_times_follow_their_distribution(sampling):
+    """Kolmogorov and Smirnov: the largest gap between the two distribution functions is O(1 / sqrt(n))."""
+    num = 20_000
+    t = np.sort(flow.sample_time(jax.random.key(1), num, sampling))
+    expected = np.asarray(CDFS[sampling](t))
+    steps = np.arange(num + 1) / num
+    gap = max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
+    assert gap < 1.63 / num**0.5  # exceeded once in a hundred keys by the right distribution
+    assert t[0] >= 0 and t[-1] <= 1
+
+
+@pytest.mark.parametrize("sampling", flow.TIME_SAMPLINGS)
+def test_times_are_float32_with_many_values(sampling):
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(True):
+        assert flow.sample_time(jax.random.key(0), 4, sampling).dtype == jnp.float32
+    t = flow.sample_time(jax.random.key(0), 2000, sampling)
+    assert t.dtype == jnp.float32
+    assert len(np.unique(t)) > 1990
+
+
+def test_unknown_time_sampling():
+    with pytest.raises(ValueError, match="time sampling: one of .*, got 'normal'"):
+        flow.sample_time(jax.random.key(0), 4, "normal")
+
+
+def test_loss_is_the_mean_square_error():
+    v, target = make_pair()
+    expected = np.mean((np.asarray(v, np.float64) - np.asarray(target, np.float64)) ** 2)
+    np.testing.assert_allclose(flow.loss(v, target), expected, rtol=1e-6)
+    assert flow.loss(target, target) == 0
+
+
+def test_loss_of_half_precision_is_taken_in_float32():
+    v, target = (x.astype(jnp.bfloat16) for x in make_pair())
+    expected = flow.loss(v.astype(jnp.float32), target.astype(jnp.float32))
+    assert flow.loss(v, target).dtype == jnp.float32
+    assert flow.loss(v, target) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_loss_is_a_weighted_mean(channels):
+    v, target = make_pair()
+    weight = jax.random.uniform(jax.random.key(2), (*SHAPE[:3], channels))
+    error = (np.asarray(v, np.float64) - np.asarray(target, np.float64)) ** 2
+    expected = np.average(error, weights=np.broadcast_to(weight, SHAPE))
+    np.testing.assert_allclose(flow.loss(v, target, weight), expected, rtol=1e-5)
+    np.testing.assert_allclose(flow.loss(v, target, 7 * weight), expected, rtol=1e-5)
+    np.testing.assert_allclose(flow.loss(v, target, jnp.ones_like(weight)), error.mean(), rtol=1e-5)
+
+
+def test_places_of_weight_zero_have_no_say():
+    v, target = make_pair()
+    weight = jnp.ones((*SHAPE[:3], 1)).at[:, 1].set(0)
+    wild = v.at[:, 1].add(1000.0)
+    assert flow.loss(wild, target, weight) == flow.loss(v, target, weight) != flow.loss(wild, target)
+    gradient = jax.grad(flow.loss)(wild, target, weight)
+    assert not gradient[:, 1].any() and gradient[:, 0].all()
+
+
+def test_a_batch_of_void_costs_nothing():
+    v, target = make_pair()
+    loss, gradient = jax.value_and_grad(flow.loss)(v, target, jnp.zeros((*SHAPE[:3], 1)))
+    assert loss == 0 and not gradient.any()

@@ -1,0 +1,191 @@
+"""models/unet.py, attention.py and build.py: shapes, symmetries, and that everything learns."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from semflow_jax.errors import UserError
+from semflow_jax.models import attention as attention_module
+from semflow_jax.models.attention import attention
+from semflow_jax.models.build import abstract_unet, count_params, init_unet, make_velocity_fn
+from semflow_jax.models.unet import UNetConfig, time_features
+
+TINY = UNetConfig(
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    attention=(False, True),
+    num_heads=(2, 2),
+    cross_attention_dim=5,
+    num_groups=4,
+)
+PLAIN = dataclasses.replace(TINY, cross_attention_dim=None)
+
+
+def make_random_params(config: UNetConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """Every parameter drawn at random: the layers that begin at zero too."""
+    rng = np.random.default_rng(seed)
+    abstract = abstract_unet(config)
+    scales = {path: 1 / math.sqrt(max(1, math.prod(x.shape[:-1]))) for path, x in abstract.items()}
+    return {path: jnp.asarray(scales[path] * rng.normal(size=x.shape), x.dtype) for path, x in abstract.items()}
+
+
+def make_inputs(size: tuple[int, int] = (4, 8), channels: int = 3):
+    zt = jax.random.normal(jax.random.key(1), (2, *size, channels))
+    return zt, jnp.array([0.2, 0.9])
+
+
+def test_default_is_stable_diffusion():
+    abstract = abstract_unet(UNetConfig())
+    assert len(abstract) == 686
+    assert sum(math.prod(x.shape) for x in abstract.values()) == 859_520_964
+    assert abstract["down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight"].shape == (768, 320)
+    assert abstract["up_blocks.3.resnets.2.conv_shortcut.weight"].shape == (1, 1, 640, 320)
+    assert abstract["mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"].shape == (5120, 1280)
+    assert "down_blocks.3.downsamplers.0.conv.weight" not in abstract
+
+
+def test_params_are_as_abstract_says():
+    abstract, params = abstract_unet(TINY), init_unet(TINY, seed=3)
+    assert {path: (x.shape, x.dtype) for path, x in params.items()} == {
+        path: (x.shape, x.dtype) for path, x in abstract.items()
+    }
+    assert list(params) == sorted(params)
+    assert count_params(params) == sum(math.prod(x.shape) for x in abstract.values())
+    again, other = init_unet(TINY, seed=3), init_unet(TINY, seed=4)
+    assert all((params[path] == again[path]).all() for path in params)
+    assert (params["conv_in.weight"] != other["conv_in.weight"]).mean() > 0.99
+
+
+def test_time_features():
+    """Cosines first, of 1000 t times a geometric series from 1 to almost 1/10000."""
+    t = np.array([0.0, 0.04, 0.5, 1.0])
+    angles = 1000 * t[:, None] * 10000.0 ** -(np.arange(4) / 4)
+    found = time_features(jnp.asarray(t, jnp.float32), 8)
+    np.testing.assert_allclose(found, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=1e-4)
+    assert time_features(jnp.asarray(t, jnp.bfloat16), 8).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"num_groups": 3}, r"num_groups \(3\).*got 8 with 2 heads"), ({"num_heads": (2, 5)}, "got 16 with 5 heads")],
+)
+def test_widths_that_do_not_divide(changes, found):
+    TINY.check()
+    with pytest.raises(UserError, match=f"model.block_out_channels: .*{found}"):
+        dataclasses.replace(TINY, **changes).check()
+
+
+def test_attention_is_the_textbooks():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 3, 4)).astype(np.float32) for n in (5, 7, 7))
+    found = attention(q=jnp.asarray(q), k=jnp.asarray(k), v=jnp.asarray(v))
+    for b in range(2):
+        for head in range(3):
+            scores = np.exp(q[b, :, head] @ k[b, :, head].T / 2)
+            expected = scores / scores.sum(1, keepdims=True) @ v[b, :, head]
+            np.testing.assert_allclose(found[b, :, head], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [16, 18])
+def test_attention_in_chunks_is_attention(monkeypatch, num):
+    """Values and gradients; a number of queries that no chunks divide goes in one piece."""
+    q, k, v = (jax.random.normal(key, (2, n, 2, 4)) for key, n in zip(jax.random.split(jax.random.key(0), 3), (num, 9, 9), strict=True))
+
+    def values_and_gradients():
+        return jax.vjp(attention, q, k, v)[0], jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))(q, k, v)
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(attention_module, "WHOLE", 8)
+    monkeypatch.setattr(attention_module, "CHUNK", 4)
+    assert ("scan" in str(jax.make_jaxpr(attention)(q, k, v))) == (num == 16)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), values_and_gradients(), whole)
+
+
+def test_attention_does_not_know_order():
+    q, k, v = (jax.random.normal(key, (1, 6, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_allclose(attention(q[:, order], k, v), attention(q, k, v)[:, order], atol=1e-6)
+    np.testing.assert_allclose(attention(q, k[:, order], v[:, order]), attention(q, k, v), atol=1e-6)
+
+
+def test_half_precision_attention_normalises_in_float32():
+    """512 equal scores: probabilities that were summed up in bfloat16 would miss one by much."""
+    q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
+    kv = jnp.ones((1, 512, 1, 4), jnp.bfloat16)
+    assert attention(q, kv, kv).dtype == jnp.bfloat16
+    np.testing.assert_allclose(attention(q, kv, kv).astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_a_new_network_says_zero():
+    """Its last layer begins at zero, so that training begins at the mean squared target."""
+    zt, t = make_inputs()
+    velocity_fn, params = jax.jit(make_velocity_fn(PLAIN)), init_unet(PLAIN)
+    assert not velocity_fn(params, zt, t).any()
+    skipping = jax.jit(make_velocity_fn(dataclasses.replace(PLAIN, skip=True)))
+    np.testing.assert_allclose(skipping(params, zt, t), (2 * t - 1)[:, None, None, None] * zt, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def velocity_fn():
+    return jax.jit(make_velocity_fn(PLAIN))
+
+
+def test_samples_do_not_see_each_other(velocity_fn):
+    params = make_random_params(PLAIN)
+    zt, t = make_inputs()
+    v = velocity_fn(params, zt, t)
+    assert v.shape == zt.shape and v.dtype == jnp.float32
+    np.testing.assert_allclose(velocity_fn(params, zt[::-1], t[::-1]), v[::-1], atol=1e-5)
+    np.testing.assert_allclose(velocity_fn(params, zt.at[0].add(9.0), t.at[0].set(0.4))[1], v[1], atol=1e-5)
+
+
+def test_time_and_place_matter(velocity_fn):
+    params = make_random_params(PLAIN)
+    zt, t = make_inputs()
+    v = velocity_fn(params, zt, t)
+    assert jnp.abs(velocity_fn(params, zt, t + 0.01) - v).max() > 1e-3
+    far = velocity_fn(params, zt.at[:, 0, 0].add(1.0), t)  # through the attention, to the opposite corner
+    assert jnp.abs(far - v)[:, -1, -1].max() > 1e-5
+
+
+def test_mirrored_kernels_mirror_the_velocity():
+    """True of one level: a convolution of stride 2 has no centre to mirror about."""
+    config = dataclasses.replace(PLAIN, block_out_channels=(8,), attention=(True,), num_heads=(2,))
+    params = make_random_params(config)
+    mirrored = {path: x[:, ::-1] if x.ndim == 4 else x for path, x in params.items()}
+    velocity_fn = jax.jit(make_velocity_fn(config))
+    zt, t = make_inputs()
+    v = velocity_fn(params, zt, t)
+    np.testing.assert_allclose(velocity_fn(mirrored, zt[:, :, ::-1], t), v[:, :, ::-1], atol=1e-4)
+    assert jnp.abs(velocity_fn(params, zt[:, :, ::-1], t) - v[:, :, ::-1]).max() > 0.01
+
+
+def test_every_parameter_learns():
+    params = make_random_params(TINY)
+    zt, t = make_inputs()
+    context = jax.random.normal(jax.random.key(2), (3, 5))
+    velocity_fn = make_velocity_fn(TINY)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(velocity_fn(p, zt, t, context) - 1).mean()))(params)
+    assert gradient.keys() == params.keys()
+    still = [path for path, g in gradient.items() if not jnp.abs(g).max() > 1e-7]
+    assert still == []
+
+
+def test_bfloat16_computes_near_float32_and_answers_in_it():
+    half = dataclasses.replace(PLAIN, dtype="bfloat16")
+    params = make_random_params(PLAIN)
+    zt, t = make_inputs()
+    v, expected = jax.jit(make_velocity_fn(half))(params, zt, t), jax.jit(make_velocity_fn(PLAIN))(params, zt, t)
+    assert v.dtype == jnp.float32
+    error = jnp.abs(v - expected).mean() / jnp.abs(expected).mean()
+    assert 1e-4 < error < 0.05
+    assert {x.dtype for x in abstract_unet(dataclasses.replace(half, param_dtype="bfloat16")).values()} == {
+        jnp.dtype("bfloat16")
+    }
