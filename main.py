@@ -20,7 +20,7 @@ from semflow_jax import parallel
 from semflow_jax.data.prepare import ensure
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.report import write_report
-from semflow_jax.pipeline import SemFlow, make_config
+from semflow_jax.pipeline import CARD, SemFlow, make_card, make_config
 from semflow_jax.train import loop
 from semflow_jax.train.writer import read_metrics
 from semflow_jax.version import __version__
@@ -34,13 +34,13 @@ log = logging.getLogger("semflow_jax")
 
 def run(workdir: pathlib.Path) -> None:
     c = CONFIG.value
+    parallel.use_cpu_devices(c.cpu_devices)
     if (workdir / "report.json").exists():
-        loop.keep_config(c, workdir)
+        loop.check_config(c, workdir)
         digest = json.loads((workdir / "report.json").read_text())["params_sha256"]
         print(f"params_sha256 {digest}\ndone already: see {workdir / 'report.html'} (delete {workdir} to start over)")
         return
     setup = loop.make_setup(c, ensure(c.data), workdir)
-    loop.keep_config(c, workdir)
     state = loop.train(setup, workdir)
     digest = parallel.digest(state["params"])
 
@@ -67,6 +67,7 @@ def run(workdir: pathlib.Path) -> None:
         "versions": {"semflow_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
     }
     if jax.process_index() == 0:
+        (workdir / "export" / CARD).write_text(make_card(result, setup.info))
         write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
     print(
         f"test mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "

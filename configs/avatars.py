@@ -1,6 +1,10 @@
-"""The shipped avatar model: `semflow segment --checkpoint avatars`.
+r"""The shipped avatar model: `semflow segment --checkpoint avatars`.
 
 python main.py --config=configs/avatars.py --workdir=runs/avatars
+python -c "from semflow_jax import SemFlow; \
+    SemFlow.from_pretrained('runs/avatars').save_pretrained('semflow_jax/zoo/avatars', dtype='float16')"
+
+Its figures are in the model card, semflow_jax/zoo/avatars/README.md.
 """
 
 from configs import quickstart
@@ -9,7 +13,7 @@ from configs import quickstart
 def get_config():
     c = quickstart.get_config()
     with c.unlocked():
-        c.num_steps = 10_000
+        c.num_steps = 7000
         c.data.num_train = 8000
         c.data.num_val = 400
         c.optim.warmup = 500

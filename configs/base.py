@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
     c.seed = 123  # of initialisation, shuffling, augmentation, time and perturbation
     c.num_steps = 10_000
     c.batch_size = 32  # of all devices together
+    c.cpu_devices = 1  # that the processor is split into where there is no accelerator
 
     c.data = ConfigDict()
     c.data.name = "folder"  # avatars | camvid | folder

@@ -13,6 +13,7 @@ def get_config():
     with c.unlocked():
         c.num_steps = 1500
         c.batch_size = 8
+        c.cpu_devices = 2
         c.data.name = "camvid"
         c.data.source = "$SEMFLOW_SHARED/data/camvid"
         c.data.size = (96, 128)

@@ -8,6 +8,7 @@ def get_config():
     with c.unlocked():
         c.num_steps = 1600
         c.batch_size = 16
+        c.cpu_devices = 2
         c.data.name = "avatars"
         c.data.size = (64, 64)
         c.data.num_train = 4000

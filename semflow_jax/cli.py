@@ -92,7 +92,8 @@ def evaluate(args: argparse.Namespace) -> None:
             f"--data {args.data}: the model's classes and size, {flow.info.num_classes} at {flow.info.size}, expected, "
             f"found {info.num_classes} at {info.size}; prepare the data for this model"
         )
-    evaluator = Evaluator(flow.sampler, str(args.data), info, parallel.make_mesh(), flow.evaluation(args.batch_size))
+    evaluation = flow.evaluation(args.batch_size, args.steps, args.solver)
+    evaluator = Evaluator(flow.sampler, str(args.data), info, parallel.make_mesh(), evaluation)
     inputs = (flow.params, flow.frozen, args.split, args.limit)
     result = {
         "checkpoint": args.checkpoint,
@@ -100,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "limit": args.limit,
         "segmentation": evaluator.segmentation(*inputs, progress="segment"),
         "synthesis": evaluator.synthesis(*inputs, progress="synthesize"),
-        "sampling": flow.config["sampling"],
+        "sampling": evaluation.sampling.to_dict(),
         "params_sha256": parallel.digest(flow.params),
     }
     text = json.dumps(result, indent=2)
@@ -128,6 +129,10 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
+    def add_sampling(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--steps", type=int, help="of the ODE solver; default: the model's")
+        command.add_argument("--solver", help="euler, heun, midpoint or tsit5; default: the model's")
+
     c = add(prepare, "make a prepared data set")
     c.add_argument("name", choices=sorted(data.DEFAULTS))
     c.add_argument("--source", type=pathlib.Path, help="raw files (folder, camvid)")
@@ -150,8 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
         c.add_argument("--checkpoint", required=True, help=checkpoint)
         c.add_argument("--input", type=pathlib.Path, required=True, help=f"{what}: a file or a folder")
         c.add_argument("--out", type=pathlib.Path, required=True)
-        c.add_argument("--steps", type=int, help="of the ODE solver; default: the model's")
-        c.add_argument("--solver", help="euler, heun, midpoint or tsit5; default: the model's")
+        add_sampling(c)
         c.add_argument("--batch-size", type=int, default=16)
         if function is synthesize:
             c.add_argument("--num-samples", type=int, default=1, help="images of each mask")
@@ -162,6 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
     c.add_argument("--split", default="test")
     c.add_argument("--limit", type=int, help="the first N examples; default: all")
+    add_sampling(c)
     c.add_argument("--batch-size", type=int, default=32)
     c.add_argument("--out", type=pathlib.Path, help="also write the figures here, as JSON")
     return parser

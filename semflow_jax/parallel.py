@@ -11,6 +11,14 @@ from semflow_jax.data.info import cache_dir
 from semflow_jax.errors import UserError
 
 
+def use_cpu_devices(num: int) -> None:
+    """Splits the processor into `num` devices, before anything is computed; accelerators are left alone.
+
+    Two devices of one core each pass a small network's batch faster than one device of two cores.
+    """
+    jax.config.update("jax_num_cpu_devices", num)
+
+
 def keep_compilations() -> None:
     """Keeps compiled programs in $SEMFLOW_CACHE: a program that was compiled once starts at once."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))

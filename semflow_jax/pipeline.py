@@ -59,12 +59,14 @@ class SemFlow:
 
     Attributes:
         params: of the velocity network, by checkpoint key.
+        card: the model card, Markdown.
         info: classes and size of the data it was trained on.
         sampler: the pure functions behind the methods.
     """
 
-    def __init__(self, config: dict[str, Any], params: Params, fitted: dict[str, Params]):
+    def __init__(self, config: dict[str, Any], params: Params, fitted: dict[str, Params], card: str = ""):
         self.config = config
+        self.card = card
         self.params = params
         self.info = DataInfo.from_dict(config["data"])
         self.unet = _unet_config(config)
@@ -95,9 +97,10 @@ class SemFlow:
         tensors = load_safetensors(file)
         fitted = split_prefixed(tensors, FITTED)
         params = fill(abstract_unet(_unet_config(config)), tensors, place=str(file))
-        return cls(config, jax.tree.map(jnp.asarray, params), fitted)
+        card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
+        return cls(config, jax.tree.map(jnp.asarray, params), fitted, card)
 
-    def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32", card: str = "") -> None:
+    def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes config.json, model.safetensors (PyTorch's layout of axes) and a model card.
 
         Args: dtype: stores in this type; float16 halves the file.
@@ -105,7 +108,7 @@ class SemFlow:
         folder = pathlib.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype) | prefixed(self.fitted))
-        (folder / CARD).write_text(card or f"# {self.info.name}\n\n{self.info.attribution}\n\n{self.info.license}\n")
+        (folder / CARD).write_text(self.card)
         (folder / CONFIG).write_text(json.dumps(self.config, indent=1))
 
     def segment(
@@ -143,14 +146,17 @@ class SemFlow:
         """Latents -> pictures."""
         return to_uint8(self.codec.decode(self.codec.params, z))
 
-    def evaluation(self, batch_size: int, num_samples: int = 3, seed: int = 0) -> ConfigDict:
+    def evaluation(
+        self, batch_size: int, steps: int | None = None, solver: str | None = None, num_samples: int = 3
+    ) -> ConfigDict:
         """The config that an Evaluator of this model wants."""
+        steps, solver = self._sampling(steps, solver)
         evaluation = {"batch_size": batch_size, "num_samples": num_samples}
-        return ConfigDict({"seed": seed, "sampling": self.config["sampling"], "eval": evaluation})
+        return ConfigDict({"seed": 0, "sampling": {"steps": steps, "solver": solver}, "eval": evaluation})
 
     def _sampling(self, steps: int | None, solver: str | None) -> tuple[int, str]:
         defaults = self.config["sampling"]
-        steps, solver = steps or defaults["steps"], solver or defaults["solver"]
+        steps, solver = defaults["steps"] if steps is None else steps, solver or defaults["solver"]
         solve.check(solver, steps)
         return steps, solver
 
@@ -165,6 +171,37 @@ class SemFlow:
                     f"labels: class ids 0..{self.info.num_classes - 1} or 255 expected, got {int(ids.max())}; "
                     "map the ids to the model's classes first"
                 )
+
+
+def make_card(result: dict[str, Any], info: DataInfo) -> str:
+    """A model card from the figures of a run: what `report.json` holds."""
+    s, y, sampling = result["segmentation"], result["synthesis"], result["sampling"]
+    rows = "\n".join(
+        f"| {name} | {'-' if iou is None else f'{iou:.3f}'} | {s['ceiling_class_iou'][name] or 0:.3f} |"
+        for name, iou in s["class_iou"].items()
+    )
+    return f"""# SemFlow on {info.name}, {info.size[0]} x {info.size[1]}
+
+Image to mask and mask to image with one velocity network of {result["num_params"]:,} parameters.
+Figures on the held-out split, {sampling["solver"]} with {sampling["steps"]} steps, one sample per mask for agreement:
+
+| | |
+|---|---|
+| segmentation mIoU | {s["miou"]:.3f} (the mask code alone: {s["codec_ceiling_miou"]:.3f}) |
+| pixel accuracy | {s["pixel_accuracy"]:.4f} |
+| mIoU of synthesized images, segmented again by this model | {y["resegmentation_miou"]:.3f} |
+| diversity, RMS difference of two images of one mask | {y["diversity"]:.3f} |
+| training | {result["train"]["steps"]} steps, {result["train"]["seconds"] / 60:.0f} minutes, {result["machine"]} |
+
+| class | IoU | mask code alone |
+|---|---|---|
+{rows}
+
+Command: `python {result["command"]}`, semflow_jax {result["versions"]["semflow_jax"]}, jax {result["versions"]["jax"]}.
+Parameters as trained, before any rounding: sha256 `{result["params_sha256"]}`.
+
+Data: {info.attribution or info.name}. Licence: {info.license or "not stated"}.
+"""
 
 
 def _unet_config(config: dict[str, Any]) -> UNetConfig:

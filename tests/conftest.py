@@ -6,6 +6,7 @@ import pathlib
 import pytest
 from jaxtyping import install_import_hook
 
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the tests' time is compilation
 install_import_hook("semflow_jax", "beartype.beartype")
 
 REPO = pathlib.Path(__file__).resolve().parent.parent

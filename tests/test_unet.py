@@ -26,6 +26,7 @@ TINY = UNetConfig(
     num_groups=4,
 )
 PLAIN = dataclasses.replace(TINY, cross_attention_dim=None)
+SMALL = dataclasses.replace(PLAIN, block_out_channels=(8,), attention=(True,), num_heads=(2,))
 
 
 def make_random_params(config: UNetConfig, seed: int = 0) -> dict[str, jax.Array]:
@@ -51,16 +52,28 @@ def test_default_is_stable_diffusion():
     assert "down_blocks.3.downsamplers.0.conv.weight" not in abstract
 
 
-def test_params_are_as_abstract_says():
-    abstract, params = abstract_unet(TINY), init_unet(TINY, seed=3)
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: init_unet(SMALL, 3))()
+
+
+def test_params_are_as_abstract_says(params):
+    abstract = abstract_unet(SMALL)
     assert {path: (x.shape, x.dtype) for path, x in params.items()} == {
         path: (x.shape, x.dtype) for path, x in abstract.items()
     }
     assert list(params) == sorted(params)
     assert count_params(params) == sum(math.prod(x.shape) for x in abstract.values())
-    again, other = init_unet(TINY, seed=3), init_unet(TINY, seed=4)
-    assert all((params[path] == again[path]).all() for path in params)
-    assert (params["conv_in.weight"] != other["conv_in.weight"]).mean() > 0.99
+
+
+def test_weights_begin_at_random_by_seed_and_keep_the_scale(params):
+    other = jax.jit(lambda: init_unet(SMALL, 4))()
+    for path, x in params.items():
+        if path.endswith("weight") and x.ndim > 1 and x.any():
+            assert (x != other[path]).mean() > 0.99
+            assert x.std() == pytest.approx(math.prod(x.shape[:-1]) ** -0.5, rel=0.3)
+        else:
+            np.testing.assert_array_equal(x, other[path])
 
 
 def test_time_features():
@@ -96,7 +109,8 @@ def test_attention_is_the_textbooks():
 @pytest.mark.parametrize("num", [16, 18])
 def test_attention_in_chunks_is_attention(monkeypatch, num):
     """Values and gradients; a number of queries that no chunks divide goes in one piece."""
-    q, k, v = (jax.random.normal(key, (2, n, 2, 4)) for key, n in zip(jax.random.split(jax.random.key(0), 3), (num, 9, 9), strict=True))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 4)), jnp.float32) for n in (num, 9, 9))
 
     def values_and_gradients():
         return jax.vjp(attention, q, k, v)[0], jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))(q, k, v)
@@ -123,12 +137,11 @@ def test_half_precision_attention_normalises_in_float32():
     np.testing.assert_allclose(attention(q, kv, kv).astype(jnp.float32), 1, rtol=1e-2)
 
 
-def test_a_new_network_says_zero():
+def test_a_new_network_says_zero(params):
     """Its last layer begins at zero, so that training begins at the mean squared target."""
     zt, t = make_inputs()
-    velocity_fn, params = jax.jit(make_velocity_fn(PLAIN)), init_unet(PLAIN)
-    assert not velocity_fn(params, zt, t).any()
-    skipping = jax.jit(make_velocity_fn(dataclasses.replace(PLAIN, skip=True)))
+    assert not jax.jit(make_velocity_fn(SMALL))(params, zt, t).any()
+    skipping = jax.jit(make_velocity_fn(dataclasses.replace(SMALL, skip=True)))
     np.testing.assert_allclose(skipping(params, zt, t), (2 * t - 1)[:, None, None, None] * zt, rtol=1e-6)
 
 
@@ -157,10 +170,9 @@ def test_time_and_place_matter(velocity_fn):
 
 def test_mirrored_kernels_mirror_the_velocity():
     """True of one level: a convolution of stride 2 has no centre to mirror about."""
-    config = dataclasses.replace(PLAIN, block_out_channels=(8,), attention=(True,), num_heads=(2,))
-    params = make_random_params(config)
+    params = make_random_params(SMALL)
     mirrored = {path: x[:, ::-1] if x.ndim == 4 else x for path, x in params.items()}
-    velocity_fn = jax.jit(make_velocity_fn(config))
+    velocity_fn = jax.jit(make_velocity_fn(SMALL))
     zt, t = make_inputs()
     v = velocity_fn(params, zt, t)
     np.testing.assert_allclose(velocity_fn(mirrored, zt[:, :, ::-1], t), v[:, :, ::-1], atol=1e-4)
@@ -178,11 +190,11 @@ def test_every_parameter_learns():
     assert still == []
 
 
-def test_bfloat16_computes_near_float32_and_answers_in_it():
+def test_bfloat16_computes_near_float32_and_answers_in_it(velocity_fn):
     half = dataclasses.replace(PLAIN, dtype="bfloat16")
     params = make_random_params(PLAIN)
     zt, t = make_inputs()
-    v, expected = jax.jit(make_velocity_fn(half))(params, zt, t), jax.jit(make_velocity_fn(PLAIN))(params, zt, t)
+    v, expected = jax.jit(make_velocity_fn(half))(params, zt, t), velocity_fn(params, zt, t)
     assert v.dtype == jnp.float32
     error = jnp.abs(v - expected).mean() / jnp.abs(expected).mean()
     assert 1e-4 < error < 0.05

@@ -36,8 +36,8 @@ def _make_abstract(make_fn: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Abs
 
 
 def init_unet(config: UNetConfig, seed: int = 0) -> Params:
-    """Initial parameters of the velocity network, made inside one jitted call."""
-    return jax.jit(lambda: flatten(UNet(config, rngs=nnx.Rngs(seed))))()
+    """Initial parameters of the velocity network; call it inside jit."""
+    return flatten(UNet(config, rngs=nnx.Rngs(seed)))
 
 
 def abstract_unet(config: UNetConfig) -> Abstract:

@@ -24,6 +24,7 @@ from semflow_jax.models.attention import attention
 from semflow_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, upsample_nearest, zeros_init
 
 TIME_SCALE = 1000.0
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,10 @@ class UNetConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def check(self) -> None:
-        """Raises UserError where a width can't be divided into groups or heads."""
+        """Raises UserError where a width can't be divided into groups or heads, or a type is unknown."""
+        for key, name in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
+            if name not in DTYPES:
+                raise UserError(f"model.{key}: one of {DTYPES}, got {name!r}")
         for width, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if width % self.num_groups or width % heads:
                 raise UserError(

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from semflow_jax import parallel
+from semflow_jax import flow, parallel, solve
 from semflow_jax.codec import fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.pipeline import make_train_iterator
-from semflow_jax.data.records import load_info, open_records, spread_indices
+from semflow_jax.data.records import count_records, load_info, open_records, spread_indices
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.mask_code import fit_linear_code, make_mask_code
@@ -61,7 +61,14 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     Raises:
         UserError: for any config value that does not fit the others, the data or the devices.
     """
+    check_config(c, workdir)
     info = load_info(data_dir)
+    missing = {"train", "val", "test"} - set(count_records(data_dir))
+    if missing:
+        raise UserError(f"{data_dir}: splits train, val and test needed, {sorted(missing)} missing; prepare it again")
+    solve.check(c.sampling.solver, c.sampling.steps)
+    if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
+        raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
     mesh = parallel.make_mesh()
     parallel.local_batch_size(c.batch_size, mesh)
     if c.batch_size % (c.optim.accum_steps * mesh.size):
@@ -69,8 +76,7 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
             f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
             f"got {c.optim.accum_steps} x {mesh.size}; change one of them"
         )
-    fitted = _fitted(c, data_dir, info, workdir)
-    codec = make_codec(c.codec, fitted["codec"])
+    codec = make_codec(c.codec, {})
     m = c.model.to_dict()
     if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
         raise UserError(
@@ -80,8 +86,11 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
     unet.check()
     codec.latent_shape(info.size, unet.factor)
+    fitted = _fitted(c, data_dir, info, workdir)
+    codec = make_codec(c.codec, fitted["codec"])
     code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
     sampler = Sampler(make_velocity_fn(unet), codec, code)
+    (workdir / "config.json").write_text(json.dumps(_plain(c), indent=2))
     return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
 
 
@@ -102,24 +111,26 @@ def _fitted(c: ConfigDict, data_dir: str, info: DataInfo, workdir: pathlib.Path)
     return split_prefixed(load_safetensors(file), ("codec", "code"))
 
 
-def keep_config(c: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the config beside the run; a run that goes on must have the config it began with.
+def _plain(c: ConfigDict) -> dict[str, Any]:
+    return json.loads(c.to_json_best_effort())
+
+
+def check_config(c: ConfigDict, workdir: pathlib.Path) -> None:
+    """A run that goes on must have the config it began with.
 
     Raises:
         UserError: naming the keys that differ.
     """
     path = workdir / "config.json"
-    ours = json.loads(c.to_json_best_effort())
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
-        if changed:
-            raise UserError(
-                f"{path}: a run goes on with the config it began with, changed: {', '.join(changed)}; "
-                "undo that, or choose another --workdir"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=2))
+    if not path.exists():
+        return
+    ours, theirs = _plain(c), json.loads(path.read_text())
+    changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
+    if changed:
+        raise UserError(
+            f"{path}: a run goes on with the config it began with, changed: {', '.join(changed)}; "
+            "undo that, or choose another --workdir"
+        )
 
 
 @contextlib.contextmanager
@@ -146,7 +157,11 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     # State first: its shapes tell what a checkpoint must hold.
     optimizer = make_optimizer(c.optim, c.num_steps)
     everywhere = parallel.replicated(s.mesh)
-    init_fn = jax.jit(lambda: make_state(init_unet(s.unet, c.seed), optimizer), out_shardings=everywhere)
+    # It runs once: on a CPU, optimising it would take many times as long as running it.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init_fn = jax.jit(
+        lambda: make_state(init_unet(s.unet, c.seed), optimizer), out_shardings=everywhere, compiler_options=options
+    )
     iterator = make_train_iterator(
         s.data_dir,
         parallel.local_batch_size(c.batch_size, s.mesh),
@@ -167,7 +182,8 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         if start:
             log.info("resumed at step %d of %d", start, c.num_steps)
         else:
-            log.info("%s", parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+            overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
+            (workdir / "parameters.txt").write_text(overview)
         log.info("%s parameters", f"{count_params(state['params']):,}")
     if start >= c.num_steps:
         checkpoints.close()
