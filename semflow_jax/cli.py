@@ -27,12 +27,24 @@ def find_inputs(path: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.P
     """A file, or the files of a folder, by name.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or two whose results would have one name.
     """
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in suffixes)
     if not files:
         raise UserError(f"--input {path}: a file, or a folder with {', '.join(suffixes)} files, found none; correct it")
+    stems: dict[str, pathlib.Path] = {}
+    for file in files:
+        if stems.setdefault(file.stem, file) != file:
+            raise UserError(f"{file}: names must differ in more than the suffix, found {stems[file.stem]}; rename one")
     return files
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {number}")
+    return number
 
 
 def _chunks(files: list[pathlib.Path], size: int, title: str) -> Iterator[list[pathlib.Path]]:
@@ -130,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     def add_sampling(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--steps", type=int, help="of the ODE solver; default: the model's")
+        command.add_argument("--steps", type=positive, help="of the ODE solver; default: the model's")
         command.add_argument("--solver", help="euler, heun, midpoint or tsit5; default: the model's")
 
     c = add(prepare, "make a prepared data set")
@@ -138,8 +150,8 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--source", type=pathlib.Path, help="raw files (folder, camvid)")
     c.add_argument("--out", type=pathlib.Path, required=True)
     c.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, or the side of a square")
-    c.add_argument("--num-train", type=int)
-    c.add_argument("--num-val", type=int)
+    c.add_argument("--num-train", type=positive)
+    c.add_argument("--num-val", type=positive)
     c.add_argument("--seed", type=int, default=0)
 
     c = add(inspect, "print what a prepared data set holds")
@@ -156,18 +168,18 @@ def make_parser() -> argparse.ArgumentParser:
         c.add_argument("--input", type=pathlib.Path, required=True, help=f"{what}: a file or a folder")
         c.add_argument("--out", type=pathlib.Path, required=True)
         add_sampling(c)
-        c.add_argument("--batch-size", type=int, default=16)
+        c.add_argument("--batch-size", type=positive, default=16)
         if function is synthesize:
-            c.add_argument("--num-samples", type=int, default=1, help="images of each mask")
+            c.add_argument("--num-samples", type=positive, default=1, help="images of each mask")
             c.add_argument("--seed", type=int, default=0)
 
     c = add(evaluate, "figures of a model on a prepared data set")
     c.add_argument("--checkpoint", required=True, help=checkpoint)
     c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
     c.add_argument("--split", default="test")
-    c.add_argument("--limit", type=int, help="the first N examples; default: all")
+    c.add_argument("--limit", type=positive, help="the first N examples; default: all")
     add_sampling(c)
-    c.add_argument("--batch-size", type=int, default=32)
+    c.add_argument("--batch-size", type=positive, default=32)
     c.add_argument("--out", type=pathlib.Path, help="also write the figures here, as JSON")
     return parser
 

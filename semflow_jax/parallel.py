@@ -43,15 +43,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def local_batch_size(batch_size: int, mesh: Mesh) -> int:
-    """Examples that each process has to bring to a global batch of `batch_size`.
+def local_batch_size(batch_size: int, mesh: Mesh, key: str = "batch_size") -> int:
+    """Examples that each process has to bring to a global batch of `batch_size`; `key` is its name in the config.
 
     Raises:
         UserError: where the devices can't share the batch equally.
     """
     if batch_size % mesh.size:
         raise UserError(
-            f"batch_size: a multiple of the number of devices ({mesh.size}), got {batch_size}; "
+            f"{key}: a multiple of the number of devices ({mesh.size}), got {batch_size}; "
             f"use {max(1, round(batch_size / mesh.size)) * mesh.size}"
         )
     return batch_size // jax.process_count()

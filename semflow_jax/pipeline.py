@@ -81,7 +81,7 @@ class SemFlow:
         self._velocity = jax.jit(self.sampler.velocity_fn)
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: str | None = None) -> "SemFlow":
+    def from_pretrained(cls, path: str | pathlib.Path, dtype: str | None = None) -> "SemFlow":
         """Opens a folder, a finished run or a shipped model.
 
         Args: dtype: computes in this type instead of the saved one.
@@ -90,13 +90,17 @@ class SemFlow:
             UserError: no such model, or one that is not whole.
         """
         folder = find_model(str(path))
-        config = json.loads((folder / CONFIG).read_text())
-        if dtype is not None:
-            config["model"]["dtype"] = dtype
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            config["model"] |= {} if dtype is None else {"dtype": dtype}
+            abstract = abstract_unet(_unet_config(config))
+        except (ValueError, KeyError, TypeError) as error:
+            rule, found = "the config of a model expected", f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder / CONFIG}: {rule}, found {found}; export it again") from error
         file = folder / WEIGHTS
         tensors = load_safetensors(file)
         fitted = split_prefixed(tensors, FITTED)
-        params = fill(abstract_unet(_unet_config(config)), tensors, place=str(file))
+        params = fill(abstract, tensors, place=str(file))
         card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
         return cls(config, jax.tree.map(jnp.asarray, params), fitted, card)
 
@@ -161,8 +165,9 @@ class SemFlow:
         return steps, solver
 
     def _check(self, pictures: np.ndarray, channels: int) -> None:
-        if pictures.ndim != 4 or pictures.shape[-1] != channels:
-            raise UserError(f"pictures: shape [b, h, w, {channels}] expected, got {list(pictures.shape)}; add the axis")
+        if pictures.ndim != 4 or pictures.shape[-1] != channels or pictures.dtype != np.uint8:
+            found = f"{pictures.dtype} {list(pictures.shape)}"
+            raise UserError(f"pictures: uint8 of shape [b, h, w, {channels}] expected, got {found}; convert them")
         self.codec.latent_shape(pictures.shape[1:3], self.unet.factor)
         if channels == 1:
             ids = np.setdiff1d(np.unique(pictures), [255])

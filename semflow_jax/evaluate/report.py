@@ -37,7 +37,7 @@ class Gallery:
         label: their true class ids; ids without a colour (void) are drawn white.
         prediction: class ids segmented from `image`.
         samples: images synthesized from `label`, with s perturbation seeds.
-        frames: decoded states of the ODE at f evenly spaced times, from p images (t = 0) to their masks (t = 1).
+        frames: decoded states of the ODE at f evenly spaced times, from images (t = 0) to their masks (t = 1), p rows.
     """
 
     image: UInt8[np.ndarray, "g h w 3"]

@@ -107,12 +107,14 @@ class Evaluator:
         batch = next(self._batches(split, self.c.eval.batch_size, None))
         prediction = self.segment_fn(params, frozen, batch, context)[2]
         samples = self.synthesize_fn(params, frozen, batch, jax.random.key(self.c.seed), context)[2]
-        frames, _ = jax.jit(self.sampler.frames, static_argnames=("num_frames", "steps"))(
+        pictures, labels = jax.jit(self.sampler.frames, static_argnames=("num_frames", "steps"))(
             params, frozen, batch["image"][:NUM_PATHS], num_frames=NUM_FRAMES, steps=self.c.sampling.steps
         )
+        masks = self.sampler.code.colours[np.asarray(labels)[..., 0]]
+        frames = np.stack([np.asarray(pictures), masks], axis=2)  # [f p 2 h w 3]: every path is seen twice
         pick = {"image": batch["image"], "label": batch["label"], "prediction": prediction}
         return Gallery(
             **{name: np.asarray(x[:num]) for name, x in pick.items()},
             samples=np.asarray(samples[:, :num]),
-            frames=np.asarray(frames),
+            frames=frames.reshape(len(frames), -1, *frames.shape[3:]),
         )

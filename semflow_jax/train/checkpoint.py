@@ -51,15 +51,19 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        for i, step in enumerate(steps):
             items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
             if iterator is not None:
                 items["data"] = grain.checkpoint.CheckpointRestore(iterator)
             try:
-                return self.manager.restore(step, args=ocp.args.Composite(**items))["state"]
+                restored = self.manager.restore(step, args=ocp.args.Composite(**items))["state"]
             except Exception as error:  # Orbax raises many kinds for a truncated or flipped file
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 log.warning("checkpoint %s of %s can't be read (%s)", step, self.manager.directory, reason)
+            else:
+                for broken in steps[:i]:  # they would stand in the way of the next ones
+                    self.manager.delete(broken)
+                return restored
         if steps:
             raise UserError(
                 f"{self.manager.directory}: a checkpoint must be whole and of this config's shapes, none of steps "

@@ -30,7 +30,7 @@ from semflow_jax.models.build import Params, count_params, init_unet, make_veloc
 from semflow_jax.models.unet import UNetConfig
 from semflow_jax.sampling import Sampler
 from semflow_jax.train.checkpoint import Checkpoints
-from semflow_jax.train.optim import make_optimizer
+from semflow_jax.train.optim import make_optimizer, make_schedule
 from semflow_jax.train.step import TrainState, make_state, make_train_step
 from semflow_jax.train.writer import Writer
 from semflow_jax.weights.load import load_safetensors, prefixed, save_safetensors, split_prefixed
@@ -66,11 +66,18 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     missing = {"train", "val", "test"} - set(count_records(data_dir))
     if missing:
         raise UserError(f"{data_dir}: splits train, val and test needed, {sorted(missing)} missing; prepare it again")
+    for key in ("num_steps", "log_every", "eval_every", "checkpoint_every"):
+        if c[key] < 1:
+            raise UserError(f"{key}: at least 1, got {c[key]}; raise it")
+    if c.eval.num_samples < 2:
+        raise UserError(f"eval.num_samples: at least 2, diversity is between two, got {c.eval.num_samples}; raise it")
+    make_schedule(c.optim, c.num_steps)
     solve.check(c.sampling.solver, c.sampling.steps)
     if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
     mesh = parallel.make_mesh()
     parallel.local_batch_size(c.batch_size, mesh)
+    parallel.local_batch_size(c.eval.batch_size, mesh, "eval.batch_size")
     if c.batch_size % (c.optim.accum_steps * mesh.size):
         raise UserError(
             f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
@@ -90,23 +97,25 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     codec = make_codec(c.codec, fitted["codec"])
     code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
     sampler = Sampler(make_velocity_fn(unet), codec, code)
-    (workdir / "config.json").write_text(json.dumps(_plain(c), indent=2))
     return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
 
 
 def _fitted(c: ConfigDict, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
     """The arrays of codec and mask code that are fitted to training data: the run's own where it has begun."""
     file = workdir / "fitted.safetensors"
-    if not file.exists():
+    if not (file.exists() and (workdir / "config.json").exists()):
         records = open_records(data_dir, "train")
-        chosen = [records[i] for i in spread_indices(len(records), NUM_FITTED)]
+
+        def chosen(kind: str) -> Iterator[np.ndarray]:
+            return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
+
         codec: Params = {}
         if c.codec.name == "patch" and c.codec.whiten:
-            codec = fit_patch_codec((example["image"] for example in chosen), c.codec.factor, c.codec.whiten)
+            codec = fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten)
         code: Params = {}
         if c.mask_code.name == "linear":
-            labels = (example["label"] for example in chosen)
-            code = fit_linear_code(labels, info.num_classes, make_codec(c.codec, codec), c.mask_code.whiten)
+            fitted_codec = make_codec(c.codec, codec)
+            code = fit_linear_code(chosen("label"), info.num_classes, fitted_codec, c.mask_code.whiten)
         save_safetensors(file, prefixed({"codec": codec, "code": code}))
     return split_prefixed(load_safetensors(file), ("codec", "code"))
 
@@ -172,6 +181,8 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    # From here on the run has begun: every value has been checked.
+    (workdir / "config.json").write_text(json.dumps(_plain(c), indent=2))
     checkpoints = Checkpoints(workdir)
     shapes = jax.eval_shape(init_fn)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)

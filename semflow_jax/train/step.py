@@ -73,7 +73,7 @@ def make_train_step(
         count = state["step"] + 1
         decay = jnp.minimum(c.optim.ema, count / (count + 10.0))  # short memory while the weights still move fast
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state["ema"], params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return {"step": count, "params": params, "ema": ema, "opt_state": opt_state}, metrics
 
     return step
