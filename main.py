@@ -86,9 +86,23 @@ def main(argv: list[str]) -> None:
     try:
         run(pathlib.Path(WORKDIR.value or ""))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but a mistyped file or key of a config is one line."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _ = CONFIG.value.seed  # ml_collections tells of a file that it can't load when it is first used
+    except (AttributeError, KeyError, OSError) as error:
+        cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+        found = " ".join(" ".join(str(part) for part in cause.args).split())
+        print(f"error: --config: a file with get_config(), and its keys, got {found}; correct it", file=sys.stderr)
+        sys.exit(2)
+    return rest
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -21,7 +21,9 @@ def make_pictures(num: int = 40) -> list[np.ndarray]:
     y, x = np.mgrid[:8, :12] / 12
     waves = [np.sin(rng.uniform(0, 6, (3, 1, 1)) + rng.normal(size=(3, 1, 1)) * (x + y)) for _ in range(num)]
     grain = rng.normal(0, 5, (num, 8, 12, 3))
-    return [np.clip(127 + 80 * w.transpose(1, 2, 0) + g, 0, 255).astype(np.uint8) for w, g in zip(waves, grain, strict=True)]
+    return [
+        np.clip(127 + 80 * w.transpose(1, 2, 0) + g, 0, 255).astype(np.uint8) for w, g in zip(waves, grain, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])

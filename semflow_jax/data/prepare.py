@@ -116,7 +116,10 @@ def _make_recipe(
 ) -> dict[str, Any]:
     """The arguments with their defaults filled in, as JSON keeps them."""
     size = DEFAULTS[name]["size"] if size is None else size
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise UserError(f"size: height and width, or one number for both, got {sides}; correct it")
+    height, width = sides
     recipe: dict[str, Any] = {
         "name": name,
         "source": _find_source(name, source),

@@ -1,0 +1,239 @@
+"""cli.py: the `semflow` command, from raw files to pictures, and one line for whoever mistypes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_folder import make_folder
+from test_pipeline_model import CLASS_NAMES, SIZE, make_pictures, make_tiny_flow
+
+from semflow_jax import cli, parallel
+from semflow_jax.data.records import count_records, load_info
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """It is a setting of the whole process."""
+    monkeypatch.setattr(parallel, "keep_compilations", lambda: None)
+
+
+def run(*argv) -> None:
+    cli.main([str(arg) for arg in argv])
+
+
+def fail(capsys, *argv) -> str:
+    """Runs a command that must be refused; returns what it says."""
+    with pytest.raises(SystemExit) as caught:
+        run(*argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def fail_in_a_line(capsys, *argv) -> str:
+    lines = [line for line in fail(capsys, *argv).split("\n") if line and "\r" not in line]  # without the bars
+    assert len(lines) == 1 and lines[0].startswith("semflow: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return make_tiny_flow()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(flow, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    flow.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Three images of the model's size as `images`, their masks as `masks`."""
+    for kind, pictures in zip(("images", "masks"), make_pictures(), strict=True):
+        (tmp_path / kind).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture.squeeze()).save(tmp_path / kind / f"{i}.png")
+    return tmp_path
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("prepare", "inspect", "segment", "synthesize", "evaluate"):
+        assert f"\n    {command} " in out.replace(f"\n  {command} ", f"\n    {command} ")
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path):
+    def semflow(*argv):
+        command = [sys.executable, "-m", "semflow_jax.cli", *argv]
+        env = os.environ | {"SEMFLOW_CACHE": str(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+    done = semflow("--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: semflow")
+    done = semflow("inspect", "/nowhere")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "semflow: /nowhere: must be a prepared data set, found no such folder; make one with `semflow prepare`"
+    ]
+
+
+def test_prepare_and_inspect_avatars(tmp_path, capsys):
+    run("prepare", "avatars", "--out", tmp_path / "data", "--size", 32, "--num-train", 5, "--num-val", 2)
+    assert count_records(tmp_path / "data") == {"train": 5, "val": 2, "test": 2}
+    capsys.readouterr()
+    run("inspect", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
+    out = capsys.readouterr().out
+    assert "avatars, 32 x 32" in out and "train 5, val 2, test 2" in out
+    for name in load_info(tmp_path / "data").class_names:
+        assert name in out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.ptp(np.asarray(sheet)) > 100
+
+
+def test_segment_keeps_sizes_and_writes_class_ids(flow, checkpoint, inputs, capsys):
+    rng = np.random.default_rng(1)
+    sizes = {"0": SIZE, "1": SIZE, "2": SIZE, "tall": (31, 9), "wide": (10, 40)}
+    for name, size in list(sizes.items())[3:]:
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(inputs / "images" / f"{name}.jpg")
+    (inputs / "images" / "notes.txt").write_text("not an image")
+    run("segment", "--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", "--batch-size", 2)
+    assert sorted(path.name for path in (inputs / "out").iterdir()) == sorted(f"{name}.png" for name in sizes)
+    expected = flow.segment(make_pictures()[0])
+    for name, size in sizes.items():
+        with Image.open(inputs / "out" / f"{name}.png") as mask:
+            ids = np.asarray(mask)
+            assert mask.mode == "P" and ids.shape == size and ids.max() < 3
+            assert mask.getpalette()[:9] == flow.code.colours.ravel().tolist()
+        if name.isdigit():
+            np.testing.assert_array_equal(ids, expected[int(name), ..., 0])
+    out = capsys.readouterr().out
+    assert "5 masks" in out and all(f"{i} {name}\n" in out for i, name in enumerate(CLASS_NAMES))
+
+
+def test_segment_one_file_with_other_settings(flow, checkpoint, inputs):
+    file = inputs / "images" / "1.png"
+    run(
+        "segment",
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        file,
+        "--out",
+        inputs / "out",
+        "--steps",
+        3,
+        "--solver",
+        "heun",
+    )
+    expected = flow.segment(make_pictures()[0][1:2], steps=3, solver="heun")
+    np.testing.assert_array_equal(np.asarray(Image.open(inputs / "out" / "1.png")), expected[0, ..., 0])
+
+
+def test_synthesize_draws_samples_of_the_models_size(checkpoint, inputs, capsys):
+    Image.fromarray(np.zeros((16, 24), np.uint8)).save(inputs / "masks" / "large.png")
+
+    def synthesize(name: str, seed: int) -> dict[str, np.ndarray]:
+        options = ("--num-samples", 2, "--seed", seed, "--batch-size", 3)
+        run("synthesize", "--checkpoint", checkpoint, "--input", inputs / "masks", "--out", inputs / name, *options)
+        return {path.name: np.asarray(Image.open(path)) for path in (inputs / name).iterdir()}
+
+    images = synthesize("out", 0)
+    assert images.keys() == {f"{name}-{k}.png" for name in ("0", "1", "2", "large") for k in range(2)}
+    assert {image.shape for image in images.values()} == {(*SIZE, 3)}
+    assert len({image.tobytes() for image in images.values()}) == 8
+    assert "8 images in" in capsys.readouterr().out
+    again, other = synthesize("again", 0), synthesize("other", 1)
+    for name, image in images.items():
+        np.testing.assert_array_equal(again[name], image)
+        assert (other[name] != image).any()
+
+
+def test_a_mask_made_by_segment_is_an_input_of_synthesize(checkpoint, inputs):
+    run("segment", "--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "ids")
+    run("synthesize", "--checkpoint", checkpoint, "--input", inputs / "ids", "--out", inputs / "out")
+    assert len(list((inputs / "out").iterdir())) == 3
+
+
+def test_evaluate(checkpoint, tmp_path, capsys):
+    source = make_folder(tmp_path / "toys", 20, size=SIZE)
+    (source / "classes.json").write_text(json.dumps(CLASS_NAMES))
+    run("prepare", "folder", "--source", source, "--out", tmp_path / "data", "--size", *SIZE)
+    capsys.readouterr()
+    options = ("--limit", 2, "--batch-size", 2, "--steps", 1, "--out", tmp_path / "result.json")
+    run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", *options)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "result.json").read_text())
+    assert printed["sampling"] == {"steps": 1, "solver": "euler"}
+    assert 0 <= printed["segmentation"]["miou"] <= printed["segmentation"]["codec_ceiling_miou"] <= 1
+    assert printed["segmentation"]["class_iou"].keys() == set(CLASS_NAMES)
+    assert printed["synthesis"]["diversity"] > 0
+
+
+def test_evaluate_wants_the_models_classes(checkpoint, tmp_path, capsys):
+    run(
+        "prepare", "folder", "--source", make_folder(tmp_path / "toys", 20), "--out", tmp_path / "data", "--size", 8, 12
+    )
+    capsys.readouterr()
+    line = fail_in_a_line(capsys, "evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data")
+    assert "the model's classes and size" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "/nowhere"], "checkpoint /nowhere: "),
+        (["--input", "/nowhere"], "--input /nowhere: a file, or a folder with"),
+        (["--solver", "magic"], "solver: one of"),
+    ],
+)
+def test_bad_options_of_segment(checkpoint, inputs, capsys, options, message):
+    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", *options]
+    assert message in fail_in_a_line(capsys, "segment", *options)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch-size"])
+def test_numbers_that_count_are_positive(checkpoint, inputs, capsys, option):
+    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", option, "0"]
+    assert f"argument {option}: at least 1, got 0" in fail(capsys, "segment", *options)
+
+
+def test_a_file_that_is_no_image(checkpoint, inputs, capsys):
+    (inputs / "images" / "broken.png").write_bytes(b"not a PNG")
+    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out"]
+    assert "broken.png: must be a whole image file" in fail_in_a_line(capsys, "segment", *options)
+
+
+def test_results_must_not_overwrite_each_other(checkpoint, inputs, capsys):
+    (inputs / "images" / "0.jpg").write_bytes((inputs / "images" / "0.png").read_bytes())
+    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out"]
+    assert "names must differ in more than the suffix" in fail_in_a_line(capsys, "segment", *options)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.full(SIZE, 7, np.uint8), "class ids 0..2 or 255 expected, got 7"),
+        (np.zeros((*SIZE, 3), np.uint8), "must be an 8-bit grey or palette PNG of class ids"),
+    ],
+)
+def test_bad_masks(checkpoint, inputs, capsys, mask, message):
+    Image.fromarray(mask).save(inputs / "bad.png")
+    options = ["--checkpoint", checkpoint, "--input", inputs / "bad.png", "--out", inputs / "out"]
+    assert message in fail_in_a_line(capsys, "synthesize", *options)
+
+
+def test_bad_options_of_prepare(tmp_path, capsys):
+    assert "no folder /nowhere" in fail_in_a_line(
+        capsys, "prepare", "folder", "--source", "/nowhere", "--out", tmp_path / "x"
+    )
+    assert "invalid choice: 'imagenet'" in fail(capsys, "prepare", "imagenet", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
