@@ -46,7 +46,8 @@ def find_model(path: str) -> pathlib.Path:
         UserError: none of these.
     """
     for folder in (pathlib.Path(path), pathlib.Path(path, "export"), shipped().get(path)):
-        if folder is not None and (folder / CONFIG).is_file():
+        # A run's workdir has a config.json too, its own.
+        if folder is not None and (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     raise UserError(
         f"checkpoint {path}: a folder with {CONFIG} and {WEIGHTS}, the --workdir of a finished run, or one of "

@@ -252,6 +252,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
                 checkpoints.save(state, iterator, found and {"miou": found["miou"]})
                 if stopping and step < c.num_steps:
                     checkpoints.close()
+                    bar.close()  # so that the message begins a line
                     log.info("stopped by signal %d, saved step %d: run the same command to go on", received[0], step)
                     sys.exit(0)
                 if step < c.num_steps:
@@ -263,7 +264,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     return state
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, int | float]:
     """Steps, seconds and images per second of a run, over all its sessions, from its metrics."""
     logged = [row for row in rows if "seconds" in row]
     seconds = sum(row["seconds"] for row in logged)
