@@ -79,6 +79,7 @@ SHADE_OPACITY = 0.3
 SHADE_IS_SHAPE = ("nose", "shavedSides")
 
 CROP = 224  # of the style's 280 units, from the middle of the upper edge: the face fills more of a small image
+WORTH_WORKERS = 300  # examples that are drawn while worker processes start
 OVERSAMPLING = 3  # label samples per pixel, along each axis
 
 
@@ -104,10 +105,11 @@ def examples(
 ) -> Iterator[dict[str, Any]]:
     """Yield `num` records {"image": PNG bytes, "label": PNG bytes, "id": str} in order.
 
-    The records depend on (split, size, seed) only; `num_workers` processes (default: one per core) share the work.
+    The records depend on (split, size, seed) only; `num_workers` processes (default: one per core, none for few) help.
     """
     jobs = [(f"{split}-{i:06d}", make_seed(split, seed, i), size) for i in range(num)]
-    num_workers = num_workers or os.cpu_count() or 1
+    if num_workers is None:
+        num_workers = (os.cpu_count() or 1) if num >= WORTH_WORKERS else 1
     if num_workers == 1:
         yield from map(_example, jobs)
         return
