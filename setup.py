@@ -48,6 +48,8 @@ setup(
     name="semflow_jax",
     version=VERSION,
     description="SemFlow: semantic segmentation and image synthesis as one rectified flow, in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
     author="The semflow_jax authors",
     license="MIT",
     license_files=["LICENSE"],

@@ -163,8 +163,9 @@ def test_gallery_shows_the_first_examples(data):
         np.testing.assert_array_equal(gallery.label[i], records[i]["label"])
     np.testing.assert_array_equal(gallery.prediction, gallery.label)
     assert gallery.samples.shape == (2, 2, 8, 12, 3)
-    assert gallery.frames.shape[1:] == (3, 8, 12, 3)
-    np.testing.assert_array_equal(gallery.frames[0, :2], gallery.image)
+    assert gallery.frames.shape[1:] == (2 * 3, 8, 12, 3)  # every path as pictures and as masks
+    np.testing.assert_array_equal(gallery.frames[0, ::2][:2], gallery.image)
+    np.testing.assert_array_equal(gallery.frames[-1, 1::2][:2], COLOURS[gallery.prediction[..., 0]])
 
 
 def test_grey_levels_survive_the_way_to_floats_and_back():

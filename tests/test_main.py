@@ -160,6 +160,6 @@ def test_a_done_run_says_so(root, uninterrupted):
 def test_mistakes_are_one_line(root, uninterrupted, workdir, override, message):
     code, out, err = finish(start(root, workdir, override))
     assert code == 2 and "params_sha256" not in out
-    lines = [line for line in err.split("\n") if line and "\r" not in line]  # without the bars
+    lines = [line for line in err.splitlines() if line and "%|" not in line]  # without the bars
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not (root / "fresh" / "config.json").exists()

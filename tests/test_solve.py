@@ -77,7 +77,7 @@ def test_the_directions_are_inverse(solver, tolerance):
     np.testing.assert_allclose(solve.mask_to_image(wavy, z1, 40, solver), z0, atol=tolerance)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 25, 30])
+@pytest.mark.parametrize("steps", [7, 25, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 30))])
 def test_euler_asks_the_network_once_a_step_on_the_papers_grid(steps):
     z = make_latent()
     grid = np.arange(steps) / steps

@@ -40,7 +40,7 @@ class Writer:
             self.board.close()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, int | float]]:
     """Rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
     path = workdir / "metrics.jsonl"
     rows = []
