@@ -194,8 +194,9 @@ def test_where_models_are_found(saved, tmp_path, monkeypatch):
     ("content", "found"),
     [("{", "JSONDecodeError"), ("{}", "KeyError: 'model'"), ('{"model": {"wings": 2}}', "TypeError.*wings")],
 )
-def test_a_broken_config(saved, tmp_path, content, found):
+def test_a_broken_config(tmp_path, content, found):
     (tmp_path / CONFIG).write_text(content)
+    (tmp_path / WEIGHTS).touch()
     with pytest.raises(UserError, match=f"config.json: the config of a model expected, found {found}"):
         SemFlow.from_pretrained(tmp_path)
 
