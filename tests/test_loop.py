@@ -109,7 +109,7 @@ def test_signals_are_noted_and_handlers_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_summary_counts_all_sessions():
+def test_summary_counts_resumed_runs():
     rows = [
         {"step": 10, "loss": 1.0, "seconds": 2.0, "images_per_second": 40.0},
         {"step": 10, "val/miou": 0.5},

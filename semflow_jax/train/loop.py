@@ -265,7 +265,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, int | float]:
-    """Steps, seconds and images per second of a run, over all its sessions, from its metrics."""
+    """Steps, seconds and images per second of a run, however often it was resumed, from its metrics."""
     logged = [row for row in rows if "seconds" in row]
     seconds = sum(row["seconds"] for row in logged)
     images = sum(row["seconds"] * row["images_per_second"] for row in logged)
