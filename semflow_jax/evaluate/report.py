@@ -33,7 +33,7 @@ class Gallery:
     """Pictures of a report.
 
     Attributes:
-        image: validation images.
+        image: held-out images.
         label: their true class ids; ids without a colour (void) are drawn white.
         prediction: class ids segmented from `image`.
         samples: images synthesized from `label`, with s perturbation seeds.

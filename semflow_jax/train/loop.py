@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from semflow_jax import flow, parallel, solve
-from semflow_jax.codec import fit_patch_codec, make_codec
+from semflow_jax.codec import Codec, fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.records import count_records, load_info, open_records, spread_indices
@@ -93,14 +93,14 @@ def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
     unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
     unet.check()
     codec.latent_shape(info.size, unet.factor)
-    fitted = _fitted(c, data_dir, info, workdir)
+    fitted = _fitted(c, codec, data_dir, info, workdir)
     codec = make_codec(c.codec, fitted["codec"])
     code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
     sampler = Sampler(make_velocity_fn(unet), codec, code)
     return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
 
 
-def _fitted(c: ConfigDict, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
+def _fitted(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
     """The arrays of codec and mask code that are fitted to training data: the run's own where it has begun."""
     file = workdir / "fitted.safetensors"
     if not (file.exists() and (workdir / "config.json").exists()):
@@ -109,14 +109,13 @@ def _fitted(c: ConfigDict, data_dir: str, info: DataInfo, workdir: pathlib.Path)
         def chosen(kind: str) -> Iterator[np.ndarray]:
             return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
 
-        codec: Params = {}
+        codec_params: Params = {}
         if c.codec.name == "patch" and c.codec.whiten:
-            codec = fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten)
+            codec_params = fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten)
         code: Params = {}
         if c.mask_code.name == "linear":
-            fitted_codec = make_codec(c.codec, codec)
-            code = fit_linear_code(chosen("label"), info.num_classes, fitted_codec, c.mask_code.whiten)
-        save_safetensors(file, prefixed({"codec": codec, "code": code}))
+            code = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
+        save_safetensors(file, prefixed({"codec": codec_params, "code": code}))
     return split_prefixed(load_safetensors(file), ("codec", "code"))
 
 
