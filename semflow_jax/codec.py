@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from semflow_jax import whiten
 from semflow_jax.errors import UserError
-from semflow_jax.models.build import Params, make_tiny_vae_fns
-from semflow_jax.models.tiny_vae import FACTOR, TINY_VAES
+from semflow_jax.models.build import Params, make_fns
+from semflow_jax.models.tiny_vae import FACTOR, TINY_VAES, TinyVAE
 from semflow_jax.weights.keys import TINY_VAE
 from semflow_jax.weights.load import fill, load_safetensors
 
@@ -107,7 +108,7 @@ def load_tiny_codec(name: str, path: str | os.PathLike) -> Codec:
     Raises:
         UserError: the file is missing, broken or another network's.
     """
-    encode, decode, abstract = make_tiny_vae_fns(name)
+    abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)), "encode", "decode")
     params = fill(abstract, load_safetensors(path), TINY_VAE, str(path))
     return Codec(
         name=name,

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from semflow_jax.errors import UserError
-from semflow_jax.models.build import flatten, make_tiny_vae_fns
+from semflow_jax.models.build import flatten, make_fns
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE, TinyVAEConfig
 from semflow_jax.weights import keys
 from semflow_jax.weights.load import fill, load_safetensors
@@ -82,7 +82,7 @@ def relative_rms(x, reference):
 def test_equals_torch_with_the_real_weights(name, shared_dir):
     path = shared_dir / "weights" / FILES[name]
     torch_encode, torch_decode = load_torch_pair(name, path)
-    encode, decode, abstract = make_tiny_vae_fns(name)
+    abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)), "encode", "decode")
     params = fill(abstract, load_safetensors(path), keys.TINY_VAE, path)
 
     rng = np.random.default_rng(0)

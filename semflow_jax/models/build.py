@@ -7,7 +7,6 @@ import jax
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
-from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.unet import UNet, UNetConfig
 
 Params = dict[str, Any]  # {'down_blocks.0.resnets.0.conv1.weight': array}: the paths are the checkpoint's keys
@@ -30,9 +29,18 @@ def _unflatten(params: Params) -> dict[str, Any]:
     )
 
 
-def _make_abstract(make_fn: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Abstract]:
-    module = nnx.eval_shape(make_fn)
-    return nnx.split(module)[0], flatten(module)
+def make_fns(make_module: Callable[[], nnx.Module], *methods: str) -> tuple[Abstract, list[Callable[..., Array]]]:
+    """Returns the abstract parameters of a module, and each method as a pure function of (params, *arguments).
+
+    Nothing is allocated, and no weight initialised.
+    """
+    module = nnx.eval_shape(make_module)
+    graphdef = nnx.split(module)[0]
+
+    def make_fn(method: str) -> Callable[..., Array]:
+        return lambda params, *args: getattr(nnx.merge(graphdef, _unflatten(params)), method)(*args)
+
+    return flatten(module), [make_fn(method) for method in methods]
 
 
 def init_unet(config: UNetConfig, seed: int = 0) -> Params:
@@ -41,31 +49,13 @@ def init_unet(config: UNetConfig, seed: int = 0) -> Params:
 
 
 def abstract_unet(config: UNetConfig) -> Abstract:
-    """Shapes and types of the parameters; nothing is allocated."""
-    return _make_abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[1]
+    """Shapes and types of the parameters."""
+    return make_fns(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]
 
 
 def make_velocity_fn(config: UNetConfig) -> Callable[..., Array]:
     """Returns velocity(params, zt, t, context=None) -> v, a pure function."""
-    graphdef, _ = _make_abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
-
-    def velocity(params: Params, zt, t, context=None):
-        return nnx.merge(graphdef, _unflatten(params))(zt, t, context)
-
-    return velocity
-
-
-def make_tiny_vae_fns(name: str) -> tuple[Callable[..., Array], Callable[..., Array], Abstract]:
-    """Returns encode(params, image), decode(params, z), and the abstract parameters, of a tiny autoencoder."""
-    graphdef, abstract = _make_abstract(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)))
-
-    def encode(params: Params, image):
-        return nnx.merge(graphdef, _unflatten(params)).encode(image)
-
-    def decode(params: Params, z):
-        return nnx.merge(graphdef, _unflatten(params)).decode(z)
-
-    return encode, decode, abstract
+    return make_fns(lambda: UNet(config, rngs=nnx.Rngs(0)), "__call__")[1][0]
 
 
 def count_params(params: Params) -> int:
