@@ -17,11 +17,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from semflow_jax import parallel
-from semflow_jax.data.prepare import ensure
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.report import write_report
 from semflow_jax.pipeline import CARD, SemFlow, make_card, make_config
 from semflow_jax.train import loop
+from semflow_jax.train.setup import check_unchanged, make_setup
 from semflow_jax.train.writer import read_metrics
 from semflow_jax.version import __version__
 
@@ -36,11 +36,11 @@ def run(workdir: pathlib.Path) -> None:
     c = CONFIG.value
     parallel.use_cpu_devices(c.cpu_devices)
     if (workdir / "report.json").exists():
-        loop.check_config(c, workdir)
+        check_unchanged(c, workdir)
         digest = json.loads((workdir / "report.json").read_text())["params_sha256"]
         print(f"params_sha256 {digest}\ndone already: see {workdir / 'report.html'} (delete {workdir} to start over)")
         return
-    setup = loop.make_setup(c, ensure(c.data), workdir)
+    setup = make_setup(c, workdir)
     state = loop.train(setup, workdir)
     digest = parallel.digest(state["params"])
 
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     parallel.keep_compilations()
     try:
         run(pathlib.Path(WORKDIR.value or ""))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -19,6 +19,7 @@ from semflow_jax.data.records import load_info
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.pipeline import SemFlow, shipped
+from semflow_jax.solve import SOLVERS
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -143,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add_sampling(command: argparse.ArgumentParser) -> None:
         command.add_argument("--steps", type=positive, help="of the ODE solver; default: the model's")
-        command.add_argument("--solver", help="euler, heun, midpoint or tsit5; default: the model's")
+        command.add_argument("--solver", choices=SOLVERS, help="default: the model's")
 
     c = add(prepare, "make a prepared data set")
     c.add_argument("name", choices=sorted(data.DEFAULTS))
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parallel.keep_compilations()
     try:
         args.function(args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: an output that can't be written; it names the file
         print(f"semflow: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -111,9 +111,11 @@ def test_a_broken_newest_gives_way_to_the_one_before(data_dir, saved, caplog):
     resumed = make_train_iterator(data_dir, 2)
     with caplog.at_level(logging.WARNING, "semflow_jax"):
         assert_equal(restore(saved, resumed), make_state(4))
-    (record,) = [record for record in caplog.records if record.name.startswith("semflow_jax")]
-    message = record.getMessage()
-    assert message.startswith("checkpoint 5 of ") and "can't be read" in message and "\n" not in message
+    first, second = [record.getMessage() for record in caplog.records if record.name.startswith("semflow_jax")]
+    assert first.startswith("checkpoint 5 of ") and "can't be read" in first and "\n" not in first
+    assert second == f"moved checkpoint 5 to {saved / 'unreadable'}"
+    (aside,) = (saved / "unreadable").iterdir()  # nothing is lost
+    assert aside.name.startswith("5-") and (aside / "state").is_dir()
     expected = make_train_iterator(data_dir, 2)
     batches = [next(expected) for _ in range(5)]
     jax.tree.map(np.testing.assert_array_equal, next(resumed), batches[4])

@@ -193,12 +193,25 @@ def test_evaluate_wants_the_models_classes(checkpoint, tmp_path, capsys):
     [
         (["--checkpoint", "/nowhere"], "checkpoint /nowhere: "),
         (["--input", "/nowhere"], "--input /nowhere: a file, or a folder with"),
-        (["--solver", "magic"], "solver: one of"),
     ],
 )
 def test_bad_options_of_segment(checkpoint, inputs, capsys, options, message):
     options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", *options]
     assert message in fail_in_a_line(capsys, "segment", *options)
+
+
+def test_solvers_are_known(checkpoint, inputs, capsys):
+    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", "--solver", "magic"]
+    assert "argument --solver: invalid choice: 'magic'" in fail(capsys, "segment", *options)
+    assert not (inputs / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["segment", "synthesize"])
+def test_an_output_that_can_not_be_written(checkpoint, inputs, capsys, command):
+    (inputs / "out").write_text("a file")
+    kind = {"segment": "images", "synthesize": "masks"}[command]
+    options = ["--checkpoint", checkpoint, "--input", inputs / kind, "--out", inputs / "out"]
+    assert "File exists" in fail_in_a_line(capsys, command, *options)
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-size"])

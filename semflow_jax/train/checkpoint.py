@@ -1,16 +1,19 @@
 """Checkpoints: Orbax, written in the background, the data iterator's position inside.
 
 A step's folder appears when it is whole. Kept are the newest two and the best by validation mIoU. Where the newest
-can't be read, the one before is taken, with a warning.
+can't be read, the one before is taken, with a warning, and the newest is moved to `workdir/unreadable`.
 """
 
 import logging
+import os
 import pathlib
+import time
 from typing import Any
 
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from semflow_jax.errors import UserError
@@ -61,8 +64,7 @@ class Checkpoints:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 log.warning("checkpoint %s of %s can't be read (%s)", step, self.manager.directory, reason)
             else:
-                for broken in steps[:i]:  # they would stand in the way of the next ones
-                    self.manager.delete(broken)
+                self._set_aside(steps[:i])
                 return restored
         if steps:
             raise UserError(
@@ -70,6 +72,19 @@ class Checkpoints:
                 f"{steps} is; restore the config it was trained with, or choose another --workdir"
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints that can't be read out of the way of the next ones; a disk that recovers may want them."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = pathlib.Path(self.manager.directory).with_name("unreadable")
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                log.warning("moved checkpoint %s to %s", step, aside)
+                os.replace(pathlib.Path(self.manager.directory, str(step)), aside / f"{step}-{time.time_ns()}")
+        multihost_utils.sync_global_devices("unreadable checkpoints are out of the way")
+        self.manager.reload()
 
     def wait(self) -> None:
         """Blocks until everything is on disk."""

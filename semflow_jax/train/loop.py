@@ -1,7 +1,6 @@
 """The run, on one page: build, restore, step, log, evaluate, save, stop when asked."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import pathlib
@@ -14,131 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from semflow_jax import flow, parallel, solve
-from semflow_jax.codec import Codec, fit_patch_codec, make_codec
-from semflow_jax.data.info import DataInfo
+from semflow_jax import parallel
 from semflow_jax.data.pipeline import make_train_iterator
-from semflow_jax.data.records import count_records, load_info, open_records, spread_indices
-from semflow_jax.errors import UserError
-from semflow_jax.evaluate.runner import Evaluator
-from semflow_jax.mask_code import fit_linear_code, make_mask_code
-from semflow_jax.models.build import Params, count_params, init_unet, make_velocity_fn
-from semflow_jax.models.unet import UNetConfig
-from semflow_jax.sampling import Sampler
+from semflow_jax.models.build import count_params, init_unet
 from semflow_jax.train.checkpoint import Checkpoints
-from semflow_jax.train.optim import make_optimizer, make_schedule
+from semflow_jax.train.optim import make_optimizer
+from semflow_jax.train.setup import Setup, plain
 from semflow_jax.train.step import TrainState, make_state, make_train_step
 from semflow_jax.train.writer import Writer
-from semflow_jax.weights.load import load_safetensors, prefixed, save_safetensors, split_prefixed
 
 log = logging.getLogger(__name__)
-
-NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
-FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a config stands for: everything but the weights."""
-
-    config: ConfigDict
-    data_dir: str
-    info: DataInfo
-    mesh: Mesh
-    unet: UNetConfig
-    fitted: dict[str, Params]
-    sampler: Sampler
-    evaluator: Evaluator
-
-
-def make_setup(c: ConfigDict, data_dir: str, workdir: pathlib.Path) -> Setup:
-    """Builds and checks everything that can be wrong before the first step.
-
-    Raises:
-        UserError: for any config value that does not fit the others, the data or the devices.
-    """
-    check_config(c, workdir)
-    info = load_info(data_dir)
-    missing = {"train", "val", "test"} - set(count_records(data_dir))
-    if missing:
-        raise UserError(f"{data_dir}: splits train, val and test needed, {sorted(missing)} missing; prepare it again")
-    for key in ("num_steps", "log_every", "eval_every", "checkpoint_every"):
-        if c[key] < 1:
-            raise UserError(f"{key}: at least 1, got {c[key]}; raise it")
-    if c.eval.num_samples < 2:
-        raise UserError(f"eval.num_samples: at least 2, diversity is between two, got {c.eval.num_samples}; raise it")
-    make_schedule(c.optim, c.num_steps)
-    solve.check(c.sampling.solver, c.sampling.steps)
-    if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
-        raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
-    mesh = parallel.make_mesh()
-    parallel.local_batch_size(c.batch_size, mesh)
-    parallel.local_batch_size(c.eval.batch_size, mesh, "eval.batch_size")
-    if c.batch_size % (c.optim.accum_steps * mesh.size):
-        raise UserError(
-            f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
-            f"got {c.optim.accum_steps} x {mesh.size}; change one of them"
-        )
-    codec = make_codec(c.codec, {})
-    m = c.model.to_dict()
-    if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
-        raise UserError(
-            "model: block_out_channels, attention and num_heads need one entry per level each, "
-            f"got {m['block_out_channels']}, {m['attention']}, {m['num_heads']}; make them equally long"
-        )
-    unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
-    unet.check()
-    codec.latent_shape(info.size, unet.factor)
-    fitted = _fitted(c, codec, data_dir, info, workdir)
-    codec = make_codec(c.codec, fitted["codec"])
-    code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
-    sampler = Sampler(make_velocity_fn(unet), codec, code)
-    return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
-
-
-def _fitted(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
-    """The arrays of codec and mask code that are fitted to training data: the run's own where it has begun."""
-    file = workdir / "fitted.safetensors"
-    if not (file.exists() and (workdir / "config.json").exists()):
-        records = open_records(data_dir, "train")
-
-        def chosen(kind: str) -> Iterator[np.ndarray]:
-            return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
-
-        codec_params: Params = {}
-        if c.codec.name == "patch" and c.codec.whiten:
-            codec_params = fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten)
-        code: Params = {}
-        if c.mask_code.name == "linear":
-            code = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
-        save_safetensors(file, prefixed({"codec": codec_params, "code": code}))
-    return split_prefixed(load_safetensors(file), ("codec", "code"))
-
-
-def _plain(c: ConfigDict) -> dict[str, Any]:
-    return json.loads(c.to_json_best_effort())
-
-
-def check_config(c: ConfigDict, workdir: pathlib.Path) -> None:
-    """A run that goes on must have the config it began with.
-
-    Raises:
-        UserError: naming the keys that differ.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    ours, theirs = _plain(c), json.loads(path.read_text())
-    changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
-    if changed:
-        raise UserError(
-            f"{path}: a run goes on with the config it began with, changed: {', '.join(changed)}; "
-            "undo that, or choose another --workdir"
-        )
 
 
 @contextlib.contextmanager
@@ -181,7 +67,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         process_count=jax.process_count(),
     )
     # From here on the run has begun: every value has been checked.
-    (workdir / "config.json").write_text(json.dumps(_plain(c), indent=2))
+    (workdir / "config.json").write_text(json.dumps(plain(c), indent=2))
     checkpoints = Checkpoints(workdir)
     shapes = jax.eval_shape(init_fn)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
