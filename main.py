@@ -19,9 +19,10 @@ from ml_collections import config_flags
 from semflow_jax import parallel
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.report import write_report
-from semflow_jax.pipeline import CARD, SemFlow, make_card, make_config
+from semflow_jax.pipeline import CARD, SemFlow, make_card
 from semflow_jax.train import loop
 from semflow_jax.train.setup import check_unchanged, make_setup
+from semflow_jax.train.start import EXPORT
 from semflow_jax.train.writer import read_metrics
 from semflow_jax.version import __version__
 
@@ -45,8 +46,8 @@ def run(workdir: pathlib.Path) -> None:
     digest = parallel.digest(state["params"])
 
     params, frozen = state["ema"], setup.sampler.frozen
-    flow = SemFlow(make_config(c, setup.unet, setup.info), params, setup.fitted)
-    flow.save_pretrained(workdir / "export")
+    flow = SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
+    flow.save_pretrained(workdir / EXPORT)
     limit = c.eval.limit_final
     segmentation = setup.evaluator.segmentation(params, frozen, "test", limit, progress="segment")
     synthesis = setup.evaluator.synthesis(params, frozen, "test", limit, progress="synthesize")
@@ -67,7 +68,7 @@ def run(workdir: pathlib.Path) -> None:
         "versions": {"semflow_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
     }
     if jax.process_index() == 0:
-        (workdir / "export" / CARD).write_text(make_card(result, setup.info))
+        (workdir / EXPORT / CARD).write_text(make_card(result, setup.info))
         write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
     print(
         f"test mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 123  # of initialisation, shuffling, augmentation, time and perturbation
+    c.init = ""  # weights to start from: Stable Diffusion's (folder, file or hub repository) or a trained flow's
     c.num_steps = 10_000
     c.batch_size = 32  # of all devices together
     c.cpu_devices = 1  # that the processor is split into where there is no accelerator
@@ -23,10 +24,10 @@ def get_config() -> ConfigDict:
     c.data.num_workers = 0  # processes that decode; 0: threads
 
     c.codec = ConfigDict()
-    c.codec.name = "patch"  # patch | taesd | taesd3 | taef1 | taef2
+    c.codec.name = "patch"  # patch | kl | taesd | taesd3 | taef1 | taef2
     c.codec.factor = 4  # side of a patch, for patch
     c.codec.whiten = 0.0  # evens out the spread of patches: 0 leaves it, 1 makes all directions alike, for patch
-    c.codec.path = ""  # safetensors file, for the others; $VARIABLES expand
+    c.codec.path = ""  # weights, for the others; $VARIABLES expand; kl takes those of `init` where there is one
 
     c.mask_code = ConfigDict()
     c.mask_code.name = "colour"  # colour: the paper's pseudo-masks | linear: whitened one-hot patches
@@ -41,8 +42,10 @@ def get_config() -> ConfigDict:
     c.model.attention = (False, False, True)
     c.model.num_heads = (4, 4, 4)
     c.model.cross_attention_dim = config_dict.placeholder(int)
+    c.model.linear_projection = False  # transformers begin and end as SD-2's; False: as SD-1's
     c.model.num_groups = 8
     c.model.skip = False  # v = F(zt, t) + (2t - 1) zt: for networks that start from nothing
+    c.model.remat = "none"  # none | blocks | full: computed again in the backward pass, to save memory
     c.model.dtype = "float32"  # computes; bfloat16 on accelerators
     c.model.param_dtype = "float32"  # stores
 

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from semflow_jax import parallel
 from semflow_jax.data import prepare as data
-from semflow_jax.data.folder import read_image, read_label
+from semflow_jax.data.folder import load_classes, read_image, read_label
 from semflow_jax.data.records import load_info
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.models.build import count_params
+from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.pipeline import SemFlow, shipped
 from semflow_jax.solve import SOLVERS
 
@@ -123,6 +125,25 @@ def evaluate(args: argparse.Namespace) -> None:
     print(text)
 
 
+def convert(args: argparse.Namespace) -> None:
+    class_names = None
+    if args.classes is not None:
+        class_names = load_classes(args.classes).names
+    options = {"revision": args.revision, "offline": args.offline}
+    flow = SemFlow.from_pretrained(args.source, unet=args.unet, class_names=class_names, **options)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(
+            f"{args.out}: a new or empty folder expected, found something in it; choose another or empty it"
+        )
+    if args.format == "diffusers":
+        flow.save_diffusers(args.out)
+    else:
+        flow.save_pretrained(args.out, dtype=args.dtype, file_format=args.format)
+    print(
+        f"{count_params(flow.params):,} parameters in {args.out}, {args.format}; sha256 {parallel.digest(flow.params)}"
+    )
+
+
 def prepare(args: argparse.Namespace) -> None:
     size = None if args.size is None else tuple(args.size) if len(args.size) == 2 else args.size[0]
     counts = {"num_train": args.num_train, "num_val": args.num_val, "seed": args.seed}
@@ -173,6 +194,18 @@ def make_parser() -> argparse.ArgumentParser:
         if function is synthesize:
             c.add_argument("--num-samples", type=positive, default=1, help="images of each mask")
             c.add_argument("--seed", type=int, default=0)
+
+    c = add(convert, "weights from one format to another: Stable Diffusion, SemFlow, Orbax, diffusers")
+    c.add_argument(
+        "source", metavar="SRC", help=f"{checkpoint}, Stable Diffusion's folder or file, or a hub repository"
+    )
+    c.add_argument("out", metavar="DST", type=pathlib.Path, help="a new folder")
+    c.add_argument("--format", choices=("safetensors", "orbax", "diffusers"), default="safetensors")
+    c.add_argument("--dtype", choices=DTYPES, default="float32", help="of the velocity network in safetensors")
+    c.add_argument("--unet", type=pathlib.Path, help="a UNet that replaces Stable Diffusion's, e.g. the authors' file")
+    c.add_argument("--classes", type=pathlib.Path, help="classes.json with the names of the class ids, for --unet")
+    c.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    c.add_argument("--offline", action="store_true", help="only what was downloaded before")
 
     c = add(evaluate, "figures of a model on a prepared data set")
     c.add_argument("--checkpoint", required=True, help=checkpoint)

@@ -1,31 +1,34 @@
 """Pixels <-> latents. A codec is frozen: pictures in [-1, 1] go in, latents of one shape for images and masks come out.
 
 `patch` moves each factor x factor square of pixels into channels and evens out their spread (see `whiten.py`):
-lossless, nothing to download, for small pictures. The others are pretrained tiny autoencoders (see
-`models/tiny_vae.py`); `taesd` lives in Stable Diffusion 1.5's own latent space.
+lossless, nothing to download, for small pictures. `kl` is Stable Diffusion's autoencoder (see `models/vae.py`). The
+others are pretrained tiny autoencoders (see `models/tiny_vae.py`); `taesd` lives in Stable Diffusion's latent
+space too.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from semflow_jax import whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
 from semflow_jax.models.tiny_vae import FACTOR, TINY_VAES, TinyVAE
-from semflow_jax.weights.keys import TINY_VAE
+from semflow_jax.models.vae import AutoencoderKL, VAEConfig
+from semflow_jax.weights.export import to_torch
+from semflow_jax.weights.keys import TINY_VAE, Table
 from semflow_jax.weights.load import fill, load_safetensors
+from semflow_jax.weights.stable_diffusion import find_pretrained, load_vae
 
-CODECS = ("patch", *TINY_VAES)
+CODECS = ("patch", "kl", *TINY_VAES)
 AnyArray = Any  # numpy in, numpy out; jax in, jax out
 
 
@@ -36,18 +39,21 @@ class Codec:
     factor: pixels per latent, in height and in width.
     channels: of the latent.
     params: the frozen weights; hand them to jitted functions as an argument.
-    encode: (params, image [b h w 3] in [-1, 1]) -> z [b h/factor w/factor channels].
+    encode: (params, image [b h w 3] in [-1, 1], key or None) -> z [b h/factor w/factor channels]; a sample with a key,
+        where the codec is a distribution.
     decode: (params, z) -> image, about [-1, 1].
     pool: carries a map of pixels [b h w 1] to the latent grid, as a weight of each place.
+    config: what `make_codec` builds it from, beside its tensors.
     """
 
     name: str
     factor: int
     channels: int
     params: Params
-    encode: Callable[[Params, Array], Array]
+    encode: Callable[[Params, Array, PRNGKeyArray | None], Array]
     decode: Callable[[Params, Array], Array]
     pool: Callable[[Array], Array]
+    config: dict[str, Any]
 
     def latent_shape(self, size: tuple[int, int], multiple: int = 1) -> tuple[int, int, int]:
         """Shape of the latent of a picture of `size` (h, w).
@@ -96,41 +102,82 @@ def make_patch_codec(factor: int, params: Params) -> Codec:
         factor=factor,
         channels=3 * factor**2,
         params=params,
-        encode=lambda p, image: whiten.analyse(p, to_patches(image, factor)) if p else to_patches(image, factor),
+        encode=lambda p, image, key: whiten.analyse(p, to_patches(image, factor)) if p else to_patches(image, factor),
         decode=lambda p, z: from_patches(whiten.synthesise(p, z) if p else z, factor),
-        pool=lambda pixels: to_patches(pixels, factor).mean(-1, keepdims=True),
+        pool=lambda pixels: _pool(pixels, factor),
+        config={"name": "patch", "factor": factor},
     )
 
 
-def load_tiny_codec(name: str, path: str | os.PathLike) -> Codec:
-    """A tiny autoencoder with the weights of a safetensors file, as float32.
-
-    Raises:
-        UserError: the file is missing, broken or another network's.
-    """
+def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = (), place: str = "tensors") -> Codec:
     abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)), "encode", "decode")
-    params = fill(abstract, load_safetensors(path), TINY_VAE, str(path))
     return Codec(
         name=name,
         factor=FACTOR,
         channels=TINY_VAES[name].latent_channels,
-        params=jax.tree.map(jnp.asarray, params),
-        encode=encode,
+        params=fill(abstract, tensors, table, place, put=jnp.asarray),
+        encode=lambda p, image, key: encode(p, image),
         decode=decode,
-        pool=lambda pixels: to_patches(pixels, FACTOR).mean(-1, keepdims=True),
+        pool=lambda pixels: _pool(pixels, FACTOR),
+        config={"name": name},
     )
 
 
-def make_codec(c: ConfigDict, params: Params) -> Codec:
-    """The codec of a config section.
+def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
+    """Stable Diffusion's autoencoder; images are sampled where a key is given."""
+    _, (encode, decode) = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "encode", "decode")
+    return Codec(
+        name="AutoencoderKL",
+        factor=config.factor,
+        channels=config.latent_channels,
+        params=params,
+        encode=encode,
+        decode=decode,
+        pool=lambda pixels: _pool(pixels, config.factor),
+        config={"name": "kl", "vae": dataclasses.asdict(config)},
+    )
 
-    Args: params: what `fit_patch_codec` found, for `patch`; the others read the file at `c.path` ($VARIABLES expand).
+
+def _pool(pixels: Float[Array, "b h w 1"], factor: int) -> Float[Array, "b hz wz 1"]:
+    return to_patches(pixels, factor).mean(-1, keepdims=True)
+
+
+def load_codec(c: ConfigDict) -> Codec:
+    """The codec of a training config, with the weights at `c.path` ($VARIABLES expand); `patch` is not fitted yet.
+
+    Raises:
+        UserError: an unknown name; weights that are missing, broken or another network's.
     """
     if c.name not in CODECS:
         raise UserError(f"codec.name: one of {CODECS}, got {c.name!r}")
     if c.name == "patch":
-        return make_patch_codec(c.factor, params)
+        return make_patch_codec(c.factor, {})
     path = pathlib.Path(os.path.expandvars(c.path)).expanduser()
+    if c.name == "kl":
+        return make_kl_codec(*load_vae(find_pretrained(str(path)), put=jnp.asarray))
     if not path.is_file():
         raise UserError(f"codec.path: the {c.name} weights, a safetensors file, found none at {path}; download them")
-    return load_tiny_codec(c.name, path)
+    return _make_tiny_codec(c.name, load_safetensors(path), TINY_VAE, str(path))
+
+
+def make_codec(config: Mapping[str, Any], tensors: Mapping[str, AnyArray]) -> Codec:
+    """The inverse of `Codec.config` and `stored`."""
+    if config["name"] == "patch":
+        return make_patch_codec(config["factor"], dict(tensors))
+    if config["name"] == "kl":
+        vae = vae_config(config)
+        abstract, _ = make_fns(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)))
+        return make_kl_codec(vae, fill(abstract, tensors, place="codec", put=jnp.asarray))
+    return _make_tiny_codec(config["name"], tensors)
+
+
+def vae_config(config: Mapping[str, Any]) -> VAEConfig:
+    """The autoencoder's shape in the config of a `kl` codec."""
+    return VAEConfig(**config["vae"] | {"block_out_channels": tuple(config["vae"]["block_out_channels"])})
+
+
+def stored(codec: Codec) -> dict[str, np.ndarray]:
+    """The arrays as a file keeps them: networks in PyTorch's order of axes."""
+    if codec.config["name"] == "patch":
+        return {name: np.asarray(x) for name, x in codec.params.items()}
+    return to_torch(codec.params, "float32")

@@ -60,7 +60,7 @@ def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: flo
         mask_rgb = palette.colourise(label, colours)
         if key is not None:
             mask_rgb = palette.perturb(key, mask_rgb, label, len(colours), pixel, region)
-        return codec.encode(codec_params, mask_rgb)
+        return codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
 
     def decode(params, codec_params, z1):
         return palette.decode(codec.decode(codec_params, z1), colours)

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,18 +21,25 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from semflow_jax import solve
-from semflow_jax.codec import make_codec
+from semflow_jax.codec import Codec, make_codec, make_kl_codec, stored, vae_config
 from semflow_jax.data.info import DataInfo
 from semflow_jax.errors import UserError
-from semflow_jax.mask_code import make_mask_code
+from semflow_jax.mask_code import MaskCode, make_mask_code
 from semflow_jax.models.build import Params, abstract_unet, make_velocity_fn
 from semflow_jax.models.unet import UNetConfig
-from semflow_jax.sampling import Sampler, to_uint8
+from semflow_jax.sampling import Sampler
 from semflow_jax.weights.export import to_torch
+from semflow_jax.weights.files import load_json
 from semflow_jax.weights.load import fill, load_safetensors, prefixed, save_safetensors, split_prefixed
+from semflow_jax.weights.orbax_file import load_averaged, load_orbax, save_orbax
+from semflow_jax.weights.stable_diffusion import find_pretrained, load_context, load_unet, load_vae, save_diffusers
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-FITTED = ("codec", "code")  # prefixes of arrays that were fitted to data rather than trained
+CONFIG, FROZEN, WEIGHTS, CARD = "config.json", "frozen.safetensors", "model.safetensors", "README.md"
+ORBAX = "model.orbax"  # instead of WEIGHTS
+Context = Array | None  # [n d]
+
+log = logging.getLogger(__name__)
+NUM_GRID = 216  # colours of the paper's palette
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -39,82 +48,195 @@ def shipped() -> dict[str, pathlib.Path]:
     return {path.parent.name: path.parent for path in sorted(zoo.glob(f"*/{CONFIG}"))}
 
 
-def find_model(path: str) -> pathlib.Path:
-    """The folder of a model: a folder, a run's workdir with its `export`, or the name of a shipped model.
+def is_saved(folder: pathlib.Path) -> bool:
+    """Whether `save_frozen` wrote this folder."""
+    return (folder / CONFIG).is_file() and (folder / FROZEN).is_file()
+
+
+def find_model(
+    path: str, revision: str | None = None, token: str | bool | None = None, offline: bool = False
+) -> pathlib.Path:
+    """The folder of a model: a folder, a run's workdir with its `export`, the name of a shipped model, or a download.
 
     Raises:
         UserError: none of these.
     """
     for folder in (pathlib.Path(path), pathlib.Path(path, "export"), shipped().get(path)):
-        # A run's workdir has a config.json too, its own.
-        if folder is not None and (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        if folder is not None and is_saved(folder):
             return folder
-    raise UserError(
-        f"checkpoint {path}: a folder with {CONFIG} and {WEIGHTS}, the --workdir of a finished run, or one of "
-        f"{', '.join(shipped()) or 'no shipped models'}; found none of these"
-    )
+    try:
+        return find_pretrained(path, revision, token, offline)
+    except UserError as error:
+        raise UserError(f"checkpoint {error}; these come with the package: {', '.join(shipped()) or 'none'}") from error
+
+
+def save_frozen(folder: pathlib.Path, config: dict[str, Any], codec: Codec, code: MaskCode, context: Context) -> None:
+    """Writes config.json, and the arrays of codec, mask code and context: everything but the network's weights."""
+    arrays = prefixed({"codec": stored(codec), "code": code.params})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(folder / FROZEN, arrays | ({} if context is None else {"context": np.asarray(context)}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def load_frozen(folder: pathlib.Path) -> tuple[dict[str, Any], Codec, MaskCode, Context]:
+    """The inverse of `save_frozen`.
+
+    Raises:
+        UserError: a broken file, or a config that is none.
+    """
+    config, arrays = load_json(folder / CONFIG), load_safetensors(folder / FROZEN)
+    groups = split_prefixed(arrays, ("codec", "code"))
+    try:
+        make_unet_config(config).check()
+        codec = make_codec(config["codec"], groups["codec"])
+        num_classes = DataInfo.from_dict(config["data"]).num_classes
+        code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, groups["code"])
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule, found = "the config of a model expected", f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder / CONFIG}: {rule}, found {found}; export it again") from error
+    context = arrays.get("context")
+    return config, codec, code, None if context is None else jnp.asarray(context)
 
 
 class SemFlow:
     """A trained flow. Arrays in, arrays out; pictures are uint8, or float in [-1, 1] where a docstring says so.
 
     Attributes:
+        config: what `config.json` says.
         params: of the velocity network, by checkpoint key.
+        codec, code: of images, and of masks.
+        context: [n d] that the network attends to, None where it has no cross-attention.
         card: the model card, Markdown.
         info: classes and size of the data it was trained on.
         sampler: the pure functions behind the methods.
     """
 
-    def __init__(self, config: dict[str, Any], params: Params, fitted: dict[str, Params], card: str = ""):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        params: Params,
+        codec: Codec,
+        code: MaskCode,
+        context: Float[Array, "n d"] | None = None,
+        card: str = "",
+    ):
         self.config = config
         self.card = card
         self.params = params
         self.info = DataInfo.from_dict(config["data"])
-        self.unet = _unet_config(config)
-        self.fitted = fitted
-        self.codec = make_codec(ConfigDict(config["codec"]), fitted["codec"])
-        self.code = make_mask_code(ConfigDict(config["mask_code"]), self.codec, self.info.num_classes, fitted["code"])
-        self.sampler = Sampler(make_velocity_fn(self.unet), self.codec, self.code)
+        self.unet = make_unet_config(config)
+        self.codec = codec
+        self.code = code
+        self.context = context
+        self.sampler = Sampler(make_velocity_fn(self.unet), codec, code, context)
         self.frozen = self.sampler.frozen
         static = ("steps", "solver")
         self._segment = jax.jit(self.sampler.segment, static_argnames=static)
         self._synthesize = jax.jit(self.sampler.synthesize, static_argnames=static)
-        self._velocity = jax.jit(self.sampler.velocity_fn)
+        self._velocity = jax.jit(self.sampler.velocity)
+        self._encode = jax.jit(codec.encode)
+        self._decode = jax.jit(codec.decode)
 
     @classmethod
-    def from_pretrained(cls, path: str | pathlib.Path, dtype: str | None = None) -> "SemFlow":
-        """Opens a folder, a finished run or a shipped model.
+    def from_pretrained(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        unet: str | pathlib.Path | None = None,
+        context: Float[np.ndarray, "n d"] | None = None,
+        class_names: Sequence[str] | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        offline: bool = False,
+    ) -> "SemFlow":
+        """Opens a shipped model, a finished run, a saved SemFlow, or Stable Diffusion's weights; from disk or the hub.
 
-        Args: dtype: computes in this type instead of the saved one.
+        Args:
+            path: name, folder, file of everything, or repository of the Hugging Face hub.
+            unet: weights that replace Stable Diffusion's velocity network, such as the SemFlow authors' checkpoints.
+            context: [n d] to attend to instead of what the text tower says of the empty prompt.
+            class_names: in the order of the ids, for Stable Diffusion's weights, which know none.
+            dtype: computes in this type instead of the saved one.
+            revision, token, offline: see `weights.files.download`.
 
         Raises:
             UserError: no such model, or one that is not whole.
         """
-        folder = find_model(str(path))
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-            config["model"] |= {} if dtype is None else {"dtype": dtype}
-            abstract = abstract_unet(_unet_config(config))
-        except (ValueError, KeyError, TypeError) as error:
-            rule, found = "the config of a model expected", f"{type(error).__name__}: {error}"
-            raise UserError(f"{folder / CONFIG}: {rule}, found {found}; export it again") from error
-        file = folder / WEIGHTS
-        tensors = load_safetensors(file)
-        fitted = split_prefixed(tensors, FITTED)
-        params = fill(abstract, tensors, place=str(file))
+        found = find_model(str(path), revision, token, offline)
+        if not is_saved(found):
+            return cls._from_stable_diffusion(found, unet, context, class_names, dtype)
+        if unet is not None or context is not None or class_names is not None:
+            raise UserError(f"{found}: unet, context and class_names are for Stable Diffusion's weights; drop them")
+        return cls._open(found, dtype)
+
+    @classmethod
+    def _open(cls, folder: pathlib.Path, dtype: str | None) -> "SemFlow":
+        config, codec, code, context = load_frozen(folder)
+        config["model"] |= {} if dtype is None else {"dtype": dtype}
+        abstract = abstract_unet(make_unet_config(config))
+        if (folder / WEIGHTS).is_file():
+            params = fill(abstract, load_safetensors(folder / WEIGHTS), place=str(folder / WEIGHTS), put=jnp.asarray)
+        elif (folder / ORBAX).is_dir():
+            params = load_orbax(folder / ORBAX, abstract)
+        else:
+            step, params = load_averaged(folder.parent / "checkpoints", abstract)
+            log.warning("%s is not finished: these are the weights of step %d", folder.parent, step)
         card = (folder / CARD).read_text() if (folder / CARD).is_file() else ""
-        return cls(config, jax.tree.map(jnp.asarray, params), fitted, card)
+        return cls(config, params, codec, code, context, card)
 
-    def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
-        """Writes config.json, model.safetensors (PyTorch's layout of axes) and a model card.
+    @classmethod
+    def _from_stable_diffusion(
+        cls,
+        path: pathlib.Path,
+        unet: str | pathlib.Path | None,
+        context: Float[np.ndarray, "n d"] | None,
+        class_names: Sequence[str] | None,
+        dtype: str | None,
+    ) -> "SemFlow":
+        """The official recipe around Stable Diffusion's weights: the paper's colours, Euler with 25 steps."""
+        network, params = load_unet(path if unet is None else pathlib.Path(unet), put=jnp.asarray)
+        network = network if dtype is None else dataclasses.replace(network, dtype=dtype)
+        codec = make_kl_codec(*load_vae(path, put=jnp.asarray))
+        names = tuple(str(i) for i in range(NUM_GRID)) if class_names is None else tuple(class_names)
+        config = {
+            "model": dataclasses.asdict(network),
+            "codec": codec.config,
+            "mask_code": {"name": "colour", "palette": "grid", "pixel": 0.1, "region": 0.0},
+            "sampling": {"solver": "euler", "steps": 25},
+            "data": DataInfo(path.name, names, (512, 512)).to_dict(),
+        }
+        code = make_mask_code(ConfigDict(config["mask_code"]), codec, len(names), {})
+        context = load_context(path) if context is None else context
+        return cls(config, params, codec, code, jnp.asarray(context), f"# SemFlow from {path.name}\n")
 
-        Args: dtype: stores in this type; float16 halves the file.
+    def save_pretrained(
+        self, path: str | pathlib.Path, dtype: str = "float32", file_format: str = "safetensors"
+    ) -> None:
+        """Writes all that it takes: config.json, the frozen parts, the network's weights and a model card.
+
+        Args:
+            dtype: stores the velocity network in this type; float16 halves the file.
+            file_format: 'safetensors', with PyTorch's order of axes, or 'orbax', with ours and in the type at hand.
         """
         folder = pathlib.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype) | prefixed(self.fitted))
+        save_frozen(folder, self.config, self.codec, self.code, self.context)
+        if file_format == "orbax":
+            save_orbax(folder / ORBAX, self.params)
+        else:
+            save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype))
         (folder / CARD).write_text(self.card)
-        (folder / CONFIG).write_text(json.dumps(self.config, indent=1))
+
+    def save_diffusers(self, path: str | pathlib.Path) -> None:
+        """Writes `unet/`, and `vae/` where the codec is Stable Diffusion's, as diffusers' `from_pretrained` wants them.
+
+        Raises:
+            UserError: a network that diffusers has no word for.
+        """
+        vae = (vae_config(self.codec.config), self.codec.params) if self.codec.config["name"] == "kl" else None
+        save_diffusers(pathlib.Path(path), (self.unet, self.params), vae)
 
     def segment(
         self, images: UInt8[np.ndarray, "b h w 3"], steps: int | None = None, solver: str | None = None
@@ -141,15 +263,15 @@ class SemFlow:
 
     def velocity(self, zt: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Float[Array, "b h w c"]:
         """v(z_t, t)."""
-        return self._velocity(self.params, zt, t)
+        return self._velocity(self.params, self.frozen, zt, t)
 
-    def encode(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b hz wz c"]:
-        """Pictures in [-1, 1] -> latents."""
-        return self.codec.encode(self.codec.params, image)
+    def encode(self, image: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None) -> Float[Array, "b hz wz c"]:
+        """Pictures in [-1, 1] -> latents; with a key a sample of them, where the codec is a distribution."""
+        return self._encode(self.codec.params, image, key)
 
-    def decode(self, z: Float[Array, "b hz wz c"]) -> UInt8[Array, "b h w 3"]:
-        """Latents -> pictures."""
-        return to_uint8(self.codec.decode(self.codec.params, z))
+    def decode(self, z: Float[Array, "b hz wz c"]) -> Float[Array, "b h w 3"]:
+        """Latents -> pictures, about [-1, 1]."""
+        return self._decode(self.codec.params, z)
 
     def evaluation(
         self, batch_size: int, steps: int | None = None, solver: str | None = None, num_samples: int = 3
@@ -210,16 +332,17 @@ Data: {info.attribution or info.name}. Licence: {info.license or "not stated"}.
 """
 
 
-def _unet_config(config: dict[str, Any]) -> UNetConfig:
+def make_unet_config(config: dict[str, Any]) -> UNetConfig:
+    """The network's shape in the config of a saved model."""
     fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config["model"].items()}
     return UNetConfig(**fields)
 
 
-def make_config(c: ConfigDict, unet: UNetConfig, info: DataInfo) -> dict[str, Any]:
+def make_config(c: ConfigDict, unet: UNetConfig, codec: Codec, info: DataInfo) -> dict[str, Any]:
     """What `config.json` of an exported model says, from a training config."""
     return {
         "model": dataclasses.asdict(unet),
-        "codec": c.codec.to_dict(),
+        "codec": codec.config,
         "mask_code": c.mask_code.to_dict(),
         "sampling": c.sampling.to_dict(),
         "data": info.to_dict(),

@@ -1,6 +1,7 @@
 """From photos to class maps and back: codec, mask code and ODE as two pure functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from semflow_jax.codec import Codec
 from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params
 
-Frozen = dict[str, Params]  # codec, code
+Frozen = dict[str, Any]  # codec and code, flat dicts of arrays; context [n d], where the network attends to one
 
 
 def to_float(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
@@ -31,24 +32,41 @@ class Sampler:
         velocity_fn: (params, zt, t, context) -> v.
         codec: between pixels and latents.
         code: between class ids and mask latents.
+        context: [n d] that the network attends to, of a text tower; None where it has no cross-attention.
     """
 
-    def __init__(self, velocity_fn: Callable[..., Array], codec: Codec, code: MaskCode):
+    def __init__(
+        self,
+        velocity_fn: Callable[..., Array],
+        codec: Codec,
+        code: MaskCode,
+        context: Float[Array, "n d"] | None = None,
+    ):
         self.velocity_fn = velocity_fn
         self.codec = codec
         self.code = code
+        self.context = context
 
     @property
     def frozen(self) -> Frozen:
         """The arrays that are not trained; hand them to jitted functions as an argument."""
-        return {"codec": self.codec.params, "code": self.code.params}
+        arrays = {"codec": self.codec.params, "code": self.code.params}
+        return arrays if self.context is None else arrays | {"context": self.context}
 
-    def field(self, params: Params, context=None) -> solve.VelocityFn:
-        return lambda zt, t: self.velocity_fn(params, zt, t, context)
+    def velocity(
+        self, params: Params, frozen: Frozen, zt: Float[Array, "b hz wz c"], t: Float[Array, " b"]
+    ) -> Float[Array, "b hz wz c"]:
+        """v(z_t, t)."""
+        return self.velocity_fn(params, zt, t, frozen.get("context"))
 
-    def encode_image(self, frozen: Frozen, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b hz wz c"]:
-        """Photo -> z_0."""
-        return self.codec.encode(frozen["codec"], to_float(image))
+    def _field(self, params: Params, frozen: Frozen) -> solve.VelocityFn:
+        return lambda zt, t: self.velocity(params, frozen, zt, t)
+
+    def encode_image(
+        self, frozen: Frozen, image: UInt8[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b hz wz c"]:
+        """Photo -> z_0; where the codec is a distribution, a sample with a key and the mode without."""
+        return self.codec.encode(frozen["codec"], to_float(image), key)
 
     def encode_mask(
         self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: PRNGKeyArray | None = None
@@ -61,11 +79,11 @@ class Sampler:
         return self.code.decode(frozen["code"], frozen["codec"], z1)
 
     def segment(
-        self, params: Params, frozen: Frozen, image: UInt8[Array, "b h w 3"], steps: int, solver: str, context=None
+        self, params: Params, frozen: Frozen, image: UInt8[Array, "b h w 3"], steps: int, solver: str
     ) -> UInt8[Array, "b h w 1"]:
         """Photo -> class ids: t from 0 to 1."""
         z0 = self.encode_image(frozen, image)
-        return self.decode_mask(frozen, solve.image_to_mask(self.field(params, context), z0, steps, solver))
+        return self.decode_mask(frozen, solve.image_to_mask(self._field(params, frozen), z0, steps, solver))
 
     def synthesize(
         self,
@@ -75,11 +93,10 @@ class Sampler:
         key: PRNGKeyArray,
         steps: int,
         solver: str,
-        context=None,
     ) -> UInt8[Array, "b h w 3"]:
         """Class ids -> photo: t from 1 to 0; another key, another photo of the same mask."""
         z1 = self.encode_mask(frozen, label, key)
-        z0 = solve.mask_to_image(self.field(params, context), z1, steps, solver)
+        z0 = solve.mask_to_image(self._field(params, frozen), z1, steps, solver)
         return to_uint8(self.codec.decode(frozen["codec"], z0))
 
     def ceiling(self, frozen: Frozen, label: UInt8[Array, "b h w 1"]) -> UInt8[Array, "b h w 1"]:
@@ -93,10 +110,9 @@ class Sampler:
         image: UInt8[Array, "b h w 3"],
         num_frames: int,
         steps: int,
-        context=None,
     ) -> tuple[UInt8[Array, "f b h w 3"], UInt8[Array, "f b h w 1"]]:
         """The path of the ODE from a photo to its mask, seen by both decoders: as pictures and as class ids."""
         z0 = self.encode_image(frozen, image)
-        path = solve.path(self.field(params, context), z0, num_frames, to_mask=True, steps=steps)
+        path = solve.path(self._field(params, frozen), z0, num_frames, to_mask=True, steps=steps)
         pictures = jax.vmap(lambda z: to_uint8(self.codec.decode(frozen["codec"], z)))(path)
         return pictures, jax.vmap(lambda z: self.decode_mask(frozen, z))(path)

@@ -141,7 +141,7 @@ def test_a_wrong_flow_is_counted_pixel_by_pixel(data):
 
     def to_first_colour(params, zt, t):
         target = CODEC.encode(
-            {}, jnp.broadcast_to(colourise(jnp.zeros((1, 8, 12, 1), jnp.uint8), COLOURS), (3, 8, 12, 3))
+            {}, jnp.broadcast_to(colourise(jnp.zeros((1, 8, 12, 1), jnp.uint8), COLOURS), (3, 8, 12, 3)), None
         )
         return (target - zt) / (1 - t)[:, None, None, None]
 

@@ -148,7 +148,7 @@ def test_colour_code_is_the_papers_way(key):
     if key is not None:
         mask_rgb = palette.perturb(key, mask_rgb, label, NUM_CLASSES, 0.1, 0.0)
     z1 = code.encode(code.params, CODEC.params, label, key)
-    np.testing.assert_array_equal(z1, CODEC.encode(CODEC.params, mask_rgb))
+    np.testing.assert_array_equal(z1, CODEC.encode(CODEC.params, mask_rgb, None))
     decoded = np.asarray(code.decode(code.params, CODEC.params, z1))
     known = np.asarray(label != VOID)
     np.testing.assert_array_equal(decoded[known], np.asarray(label)[known])

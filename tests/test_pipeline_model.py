@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from test_unet import make_random_params
 
 from semflow_jax.codec import fit_patch_codec, make_patch_codec
 from semflow_jax.data.info import VOID
 from semflow_jax.errors import UserError
-from semflow_jax.mask_code import fit_linear_code
+from semflow_jax.mask_code import fit_linear_code, make_mask_code
 from semflow_jax.models.unet import UNetConfig
-from semflow_jax.pipeline import CONFIG, WEIGHTS, SemFlow, find_model
-from semflow_jax.weights.load import load_safetensors
+from semflow_jax.pipeline import CONFIG, FROZEN, WEIGHTS, SemFlow, find_model
+from semflow_jax.sampling import to_uint8
+from semflow_jax.weights.load import load_safetensors, save_safetensors
 
 SIZE = (8, 12)
 CLASS_NAMES = ("road", "sky", "tree")
@@ -44,7 +46,7 @@ def make_tiny_flow() -> SemFlow:
     }
     config = {
         "model": model,
-        "codec": {"name": "patch", "factor": 4, "path": "", "whiten": 0.5},
+        "codec": {"name": "patch", "factor": 4},
         "mask_code": {"name": "linear", "palette": "spread", "pixel": 0.3, "region": 1.0, "whiten": 0.5},
         "sampling": {"solver": "euler", "steps": 2},
         "data": {
@@ -58,12 +60,9 @@ def make_tiny_flow() -> SemFlow:
         },
     }
     unet = UNetConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in model.items()})
-    fitted = {
-        "codec": fit_patch_codec(images, 4, 0.5),
-        "code": fit_linear_code(labels, 3, make_patch_codec(4, {}), 0.5),
-    }
-    fitted = {group: {name: jnp.asarray(x) for name, x in arrays.items()} for group, arrays in fitted.items()}
-    return SemFlow(config, make_random_params(unet), fitted, card="# A card")
+    codec = make_patch_codec(4, fit_patch_codec(images, 4, 0.5))
+    code = make_mask_code(ConfigDict(config["mask_code"]), codec, 3, fit_linear_code(labels, 3, codec, 0.5))
+    return SemFlow(config, make_random_params(unet), codec, code, card="# A card")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_a_saved_model_is_the_same_bit_by_bit(flow, saved):
 
 def test_saving_twice_gives_equal_files(flow, saved, tmp_path):
     SemFlow.from_pretrained(saved).save_pretrained(tmp_path)
-    for name in (CONFIG, WEIGHTS, "README.md"):
+    for name in (CONFIG, FROZEN, WEIGHTS, "README.md"):
         assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
 
 
@@ -116,7 +115,7 @@ def test_half_precision_halves_the_weights_and_computes_in_float32(flow, tmp_pat
     for path, x in again.params.items():
         assert x.dtype == jnp.float32
         np.testing.assert_array_equal(x, flow.params[path].astype(jnp.float16).astype(jnp.float32))
-    jax.tree.map(np.testing.assert_array_equal, again.fitted, flow.fitted)  # these are never rounded
+    jax.tree.map(np.testing.assert_array_equal, again.frozen, flow.frozen)  # these are never rounded
 
 
 def test_another_type_may_compute(saved):
@@ -154,7 +153,7 @@ def test_pieces_fit_together(flow):
     """One Euler step by hand is what `segment` does with one step."""
     images, _ = make_pictures()
     z0 = flow.encode(jnp.asarray(images, jnp.float32) / 127.5 - 1)
-    np.testing.assert_array_equal(flow.decode(z0), images)
+    np.testing.assert_array_equal(to_uint8(flow.decode(z0)), images)
     z1 = z0 + flow.velocity(z0, jnp.zeros(3))
     np.testing.assert_array_equal(flow.sampler.decode_mask(flow.frozen, z1), flow.segment(images, steps=1))
 
@@ -186,18 +185,22 @@ def test_where_models_are_found(saved, tmp_path, monkeypatch):
     assert find_model(str(saved)) == saved
     assert find_model(str(saved.parent)) == saved  # the workdir of a run
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="checkpoint nowhere: .*found none of these"):
+    with pytest.raises(UserError, match="checkpoint nowhere: .*these come with the package: avatars"):
         SemFlow.from_pretrained("nowhere")
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [("{", "JSONDecodeError"), ("{}", "KeyError: 'model'"), ('{"model": {"wings": 2}}', "TypeError.*wings")],
+    [
+        ("{", "a JSON file expected"),
+        ("{}", "the config of a model expected, found KeyError: 'model'"),
+        ('{"model": {"wings": 2}}', "the config of a model expected, found TypeError.*wings"),
+    ],
 )
 def test_a_broken_config(tmp_path, content, found):
+    save_safetensors(tmp_path / FROZEN, {})
     (tmp_path / CONFIG).write_text(content)
-    (tmp_path / WEIGHTS).touch()
-    with pytest.raises(UserError, match=f"config.json: the config of a model expected, found {found}"):
+    with pytest.raises(UserError, match=f"config.json: {found}"):
         SemFlow.from_pretrained(tmp_path)
 
 
@@ -207,7 +210,7 @@ def test_broken_weights(flow, tmp_path):
     with pytest.raises(UserError, match="must be a whole safetensors file"):
         SemFlow.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match="checkpoints: a checkpoint expected, found none yet"):
         SemFlow.from_pretrained(tmp_path)
 
 

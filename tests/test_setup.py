@@ -1,5 +1,6 @@
 """train/setup.py: every value is checked before anything long begins, and a run goes on with its first config."""
 
+import jax
 import numpy as np
 import pytest
 from test_folder import make_folder
@@ -7,8 +8,9 @@ from test_folder import make_folder
 from configs import base
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
+from semflow_jax.pipeline import save_frozen
 from semflow_jax.train.setup import check_unchanged, make_setup
-from semflow_jax.weights.load import load_safetensors
+from semflow_jax.train.start import EXPORT
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +66,20 @@ def test_bad_values(data_dir, tmp_path, key, value, message):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_after_a_mistake_nothing_stale_is_left(data_dir, tmp_path):
-    """A first attempt that failed after fitting does not leave its arrays to the next."""
-    with pytest.raises(UserError):
-        make_setup(make_config(data_dir, **{"mask_code.palette": "rainbow"}), tmp_path)
-    assert (tmp_path / "fitted.safetensors").exists()
-    found = make_setup(make_config(data_dir, **{"codec.whiten": 1.0}), tmp_path)
-    fresh = make_setup(make_config(data_dir, **{"codec.whiten": 1.0}), tmp_path / "fresh")
-    for group, arrays in fresh.fitted.items():
-        for name, x in arrays.items():
-            np.testing.assert_array_equal(found.fitted[group][name], x)
+def begin(setup, workdir):
+    """What `loop.train` writes when a run begins."""
+    save_frozen(workdir / EXPORT, setup.model, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
+    (workdir / "config.json").write_text(setup.config.to_json_best_effort())
 
 
-def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path):
+def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path, monkeypatch):
     first = make_setup(make_config(data_dir), tmp_path)
-    (tmp_path / "config.json").write_text(make_config(data_dir).to_json_best_effort())  # it has begun
-    written = (tmp_path / "fitted.safetensors").stat().st_mtime_ns
+    begin(first, tmp_path)
+    monkeypatch.setattr("semflow_jax.train.setup._fit", None)  # calling it would fail
     again = make_setup(make_config(data_dir), tmp_path)
-    assert (tmp_path / "fitted.safetensors").stat().st_mtime_ns == written
-    assert again.fitted.keys() == first.fitted.keys() == {"codec", "code"}
-    for name, x in load_safetensors(tmp_path / "fitted.safetensors").items():
-        group, key = name.split(".")
-        np.testing.assert_array_equal(again.fitted[group][key], x)
+    assert again.model == first.model
+    assert {len(arrays) for arrays in first.sampler.frozen.values()} == {3}
+    jax.tree.map(np.testing.assert_array_equal, again.sampler.frozen, first.sampler.frozen)
 
 
 def test_only_free_keys_may_change(data_dir, tmp_path):

@@ -16,7 +16,7 @@ from test_unet import make_random_params
 
 from configs import base
 from semflow_jax import flow, parallel
-from semflow_jax.codec import make_codec
+from semflow_jax.codec import load_codec
 from semflow_jax.data.info import VOID
 from semflow_jax.mask_code import make_mask_code
 from semflow_jax.models.build import make_velocity_fn
@@ -51,7 +51,7 @@ def mix(params, zt, t, context):
 
 def make_parts(c, velocity_fn, params, optimizer=None):
     """Step, state and frozen parameters."""
-    codec = make_codec(c.codec, {})
+    codec = load_codec(c.codec)
     sampler = Sampler(velocity_fn, codec, make_mask_code(c.mask_code, codec, NUM_CLASSES, {}))
     optimizer = optimizer or make_optimizer(c.optim, 100)
     return make_train_step(sampler, optimizer, c), make_state(params, optimizer), sampler.frozen
@@ -144,8 +144,8 @@ def test_loss_of_a_silent_network(mixing, void_rows):
     batch = make_batch()
     batch["label"][:, :void_rows] = VOID
     c = make_config()
-    codec = make_codec(c.codec, {})
-    z0 = codec.encode({}, jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1)
+    codec = load_codec(c.codec)
+    z0 = codec.encode({}, jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1, None)
     z1 = make_mask_code(c.mask_code, codec, NUM_CLASSES, {}).encode({}, {}, jnp.asarray(batch["label"]), None)
     expected = np.square(z1 - z0)[:, void_rows // 4 :]
     found, metrics = step(silent, frozen, batch, jax.random.key(0))

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import math
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -106,20 +109,62 @@ def test_attention_is_the_textbooks():
             np.testing.assert_allclose(found[b, :, head], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num", [16, 18])
-def test_attention_in_chunks_is_attention(monkeypatch, num):
-    """Values and gradients; a number of queries that no chunks divide goes in one piece."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 4)), jnp.float32) for n in (num, 9, 9))
+def reference_attention(q, k, v):
+    """In float64, values and the gradients of sum(sin(values)) by hand."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.exp(np.einsum("bnkd,bmkd->bknm", q, k) / math.sqrt(q.shape[-1]))
+    p = scores / scores.sum(-1, keepdims=True)
+    out = np.einsum("bknm,bmkd->bnkd", p, v)
+    g = np.cos(out)
+    dp = np.einsum("bnkd,bmkd->bknm", g, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / math.sqrt(q.shape[-1])
+    grads = (np.einsum(f"bknm,{x}->{y}", w, z) for x, y, w, z in (
+        ("bmkd", "bnkd", ds, k), ("bnkd", "bmkd", ds, q), ("bnkd", "bmkd", p, g),
+    ))  # fmt: skip
+    return out, tuple(grads)
 
-    def values_and_gradients():
-        return jax.vjp(attention, q, k, v)[0], jax.grad(lambda *x: jnp.sin(attention(*x)).sum(), (0, 1, 2))(q, k, v)
 
-    whole = values_and_gradients()
-    monkeypatch.setattr(attention_module, "WHOLE", 8)
+FORMS = ("_plain", "_chunked", "_chunked_by_head", "attention")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num", [16, 18])  # whole chunks, and a padded one
+def test_every_form_of_attention_is_attention(monkeypatch, form, num):
+    monkeypatch.setattr(attention_module, "LONG", 8)
     monkeypatch.setattr(attention_module, "CHUNK", 4)
-    assert ("scan" in str(jax.make_jaxpr(attention)(q, k, v))) == (num == 16)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), values_and_gradients(), whole)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 4)), jnp.float32) for n in (num, 9, 9))
+    fn = getattr(attention_module, form)
+    assert ("scan" in str(jax.make_jaxpr(fn)(q, k, v))) == (form != "_plain")
+    found = jax.jit(fn)(q, k, v), jax.jit(jax.grad(lambda *x: jnp.sin(fn(*x)).sum(), (0, 1, 2)))(q, k, v)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+    jax.tree.map(close, found, reference_attention(q, k, v))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_no_platform_holds_all_scores(platform):
+    """Traced here, lowered for there, forward and backward."""
+    q = jax.ShapeDtypeStruct((1, 2048, 2, 40), jnp.bfloat16)
+    traced = jax.jit(jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2))).trace(q, q, q)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "128x2048x" in text
+    assert "2048x2048x" not in text
+    assert ("1x2x128x2048x" in text) == (platform != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "fused"), [("bfloat16", 40, True), ("float16", 80, True), ("float32", 40, False)] + [
+        ("bfloat16", 160, False), ("bfloat16", 12, False),
+    ],
+)  # fmt: skip
+def test_cudnn_where_it_can(monkeypatch, dtype, d, fused):
+    monkeypatch.setattr(attention_module.backend, "get_backend", lambda: types.SimpleNamespace(platform_version="cuda"))
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, implementation: asked.append(implementation))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda=None, **forms: cuda and cuda(*x))
+    q = jnp.zeros((1, 1024, 1, d), dtype)
+    attention_module.attention.__wrapped__(q, q, q)
+    assert asked == (["cudnn"] if fused else [])
 
 
 def test_attention_does_not_know_order():
@@ -201,3 +246,93 @@ def test_bfloat16_computes_near_float32_and_answers_in_it(velocity_fn):
     assert {x.dtype for x in abstract_unet(dataclasses.replace(half, param_dtype="bfloat16")).values()} == {
         jnp.dtype("bfloat16")
     }
+
+
+def test_unknown_remat():
+    with pytest.raises(UserError, match=r"model.remat: one of .*got 'some'"):
+        dataclasses.replace(TINY, remat="some").check()
+
+
+def test_remat_saves_memory_and_changes_nothing_else():
+    """Temporaries of a compiled gradient. XLA's CPU compiler would undo it all by a pass of its own."""
+    params = make_random_params(PLAIN)
+    inputs = jax.random.normal(jax.random.key(1), (8, 16, 16, 3)), jnp.linspace(0, 1, 8)
+    sizes, gradients = [], []
+    for remat in ("none", "blocks", "full"):
+        config = dataclasses.replace(PLAIN, remat=remat)
+        assert abstract_unet(config).keys() == params.keys()
+        velocity_fn = make_velocity_fn(config)
+        gradient = jax.jit(jax.grad(lambda *x, fn=velocity_fn: jnp.square(fn(*x) - 1).mean()))
+        compiled = gradient.lower(params, *inputs).compile({"xla_disable_hlo_passes": "cse_barrier_expander"})
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        gradients.append(compiled(params, *inputs))
+    print("none, blocks, full:", *(f"{size / 1e6:.2f} MB" for size in sizes))
+    assert sizes[1] < 0.7 * sizes[0]
+    assert sizes[2] < 0.95 * sizes[1]
+    for found in gradients[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, gradients[0])
+
+
+SD2 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.10.0",
+    "act_fn": "silu",
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "dual_cross_attention": False,
+    "layers_per_block": 2,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+
+
+def test_config_of_diffusers():
+    sd2 = UNetConfig(num_heads=(5, 10, 20, 20), cross_attention_dim=1024, linear_projection=True)
+    assert UNetConfig.from_diffusers(SD2) == sd2
+    assert abstract_unet(sd2)["mid_block.attentions.0.proj_out.weight"].shape == (1280, 1280)
+    assert UNetConfig.from_diffusers({"cross_attention_dim": 768}) == UNetConfig()
+
+
+@pytest.mark.parametrize("config", [UNetConfig(), TINY, dataclasses.replace(TINY, linear_projection=True)])
+def test_config_of_diffusers_and_back(config):
+    assert UNetConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
+
+
+@pytest.mark.parametrize(("key", "value"), [("skip", True), ("cross_attention_dim", None)])
+def test_what_diffusers_can_not_express(key, value):
+    with pytest.raises(UserError, match=f"model.{key}: must be .* for diffusers"):
+        dataclasses.replace(TINY, **{key: value}).to_diffusers()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    {
+        "down_block_types": ["AttnDownBlock2D"] * 4,
+        "up_block_types": ["UpBlock2D"] * 4,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "act_fn": "gelu",
+        "addition_embed_type": "text_time",
+        "dual_cross_attention": True,
+        "transformer_layers_per_block": [1, 2, 10],
+        "resnet_time_scale_shift": "scale_shift",
+        "time_embedding_type": "fourier",
+        "class_embed_type": "timestep",
+        "attention_head_dim": [8, 8],
+        "cross_attention_dim": [768, 768, 768, 1024],
+        "norm_num_groups": None,
+        "layers_per_block": [2, 2, 2, 1],
+        "block_out_channels": 320,
+        "something_new": 3,
+        "_class_name": "UNet2DModel",
+    }.items(),
+)
+def test_a_config_of_diffusers_that_is_another_network(key, value):
+    with pytest.raises(UserError, match=rf"unet/config.json, {key}: must be .*, found {re.escape(repr(value))}: ") as e:
+        UNetConfig.from_diffusers(SD2 | {key: value})
+    assert "\n" not in str(e.value)

@@ -45,36 +45,34 @@ class Evaluator:
             arrays = {name: batch[name] for name in ("image", "label", "valid")}
             yield parallel.to_global(arrays, self.mesh)
 
-    def _predict(self, params: Params, frozen: Frozen, image, context):
+    def _predict(self, params: Params, frozen: Frozen, image):
         s = self.c.sampling
-        return self.sampler.segment(params, frozen, image, s.steps, s.solver, context)
+        return self.sampler.segment(params, frozen, image, s.steps, s.solver)
 
-    def _segment(self, params: Params, frozen: Frozen, batch, context):
+    def _segment(self, params: Params, frozen: Frozen, batch):
         """Confusion matrices of the prediction and of the codec alone, and the prediction."""
         matrix = functools.partial(segmentation.confusion_matrix, num_classes=self.info.num_classes)
-        prediction = self._predict(params, frozen, batch["image"], context)
+        prediction = self._predict(params, frozen, batch["image"])
         ceiling = self.sampler.ceiling(frozen, batch["label"])
         return matrix(batch["label"], prediction), matrix(batch["label"], ceiling), prediction
 
-    def _synthesize(self, params: Params, frozen: Frozen, batch, key, context):
+    def _synthesize(self, params: Params, frozen: Frozen, batch, key):
         """Samples, the confusion matrix of the first of them segmented again, and the diversity of each mask."""
         s = self.c.sampling
 
         def one(key):
-            return self.sampler.synthesize(params, frozen, batch["label"], key, s.steps, s.solver, context)
+            return self.sampler.synthesize(params, frozen, batch["label"], key, s.steps, s.solver)
 
         samples = jax.lax.map(one, jax.random.split(key, self.c.eval.num_samples))
-        again = self._predict(params, frozen, samples[0], context)
+        again = self._predict(params, frozen, samples[0])
         matrix = segmentation.confusion_matrix(batch["label"], again, self.info.num_classes)
         return matrix, synthesis.diversity(samples), samples
 
-    def segmentation(
-        self, params: Params, frozen: Frozen, split: str, limit=None, context=None, progress=None
-    ) -> dict[str, Any]:
+    def segmentation(self, params: Params, frozen: Frozen, split: str, limit=None, progress=None) -> dict[str, Any]:
         """mIoU, accuracy and IoU by class on (the first `limit` images of) a split, the codec's ceiling beside them."""
         matrices = np.zeros((2, self.info.num_classes, self.info.num_classes), np.int64)
         for batch in self._batches(split, limit, progress):
-            found, ceiling, _ = self.segment_fn(params, frozen, batch, context)
+            found, ceiling, _ = self.segment_fn(params, frozen, batch)
             matrices += np.stack([found, ceiling])
         ceiling = segmentation.scores(matrices[1], self.info.class_names)
         return segmentation.scores(matrices[0], self.info.class_names) | {
@@ -82,15 +80,13 @@ class Evaluator:
             "ceiling_class_iou": ceiling["class_iou"],
         }
 
-    def synthesis(
-        self, params: Params, frozen: Frozen, split: str, limit=None, context=None, progress=None
-    ) -> dict[str, Any]:
+    def synthesis(self, params: Params, frozen: Frozen, split: str, limit=None, progress=None) -> dict[str, Any]:
         """Agreement of synthesized images with their mask, and diversity, on (the first `limit` masks of) a split."""
         matrix = np.zeros((self.info.num_classes, self.info.num_classes), np.int64)
         spreads = []
         for i, batch in enumerate(self._batches(split, limit, progress)):
             key = jax.random.fold_in(jax.random.key(self.c.seed), i)
-            found, spread, _ = self.synthesize_fn(params, frozen, batch, key, context)
+            found, spread, _ = self.synthesize_fn(params, frozen, batch, key)
             matrix += np.asarray(found)
             spreads.append(np.asarray(spread)[np.asarray(batch["valid"])])
         again = segmentation.scores(matrix, self.info.class_names)
@@ -101,12 +97,12 @@ class Evaluator:
             "num_samples": self.c.eval.num_samples,
         }
 
-    def gallery(self, params: Params, frozen: Frozen, split: str, context=None) -> Gallery:
+    def gallery(self, params: Params, frozen: Frozen, split: str) -> Gallery:
         """The first images of a split with their predictions, synthesized samples and paths."""
         num = self.c.eval.gallery
         batch = next(self._batches(split, self.c.eval.batch_size, None))
-        prediction = self.segment_fn(params, frozen, batch, context)[2]
-        samples = self.synthesize_fn(params, frozen, batch, jax.random.key(self.c.seed), context)[2]
+        prediction = self.segment_fn(params, frozen, batch)[2]
+        samples = self.synthesize_fn(params, frozen, batch, jax.random.key(self.c.seed))[2]
         pictures, labels = jax.jit(self.sampler.frames, static_argnames=("num_frames", "steps"))(
             params, frozen, batch["image"][:NUM_PATHS], num_frames=NUM_FRAMES, steps=self.c.sampling.steps
         )

@@ -1,7 +1,8 @@
 """The velocity network: the UNet of Stable Diffusion (Rombach et al. 2022), every width and depth a config value.
 
-Parameter paths are those of diffusers' `UNet2DConditionModel`, so `UNetConfig()` is SD-1.5 and a laptop's net differs
-from it by numbers alone. The network knows t in [0, 1]; Stable Diffusion's time embedding wants t * 1000, continuous.
+Parameter paths are those of diffusers' `UNet2DConditionModel`, so `UNetConfig()` is SD-1.5, and SD-2.1 or a laptop's
+net differ from it by numbers alone. The network knows t in [0, 1]; Stable Diffusion's time embedding wants t * 1000,
+continuous.
 
 A small network that starts from nothing should not have to pass its own input through narrow layers. With `skip`,
 
@@ -10,8 +11,9 @@ A small network that starts from nothing should not have to pass its own input t
 so that F need only say where the flow leads: F = z_1 at t = 0 and F = -z_0 at t = 1.
 """
 
-import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,61 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from semflow_jax.errors import UserError
 from semflow_jax.models.attention import attention
 from semflow_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, upsample_nearest, zeros_init
+from semflow_jax.models.unet_config import UNetConfig
 
 TIME_SCALE = 1000.0
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Shape of the network; the defaults are SD-1.5's.
-
-    Attributes:
-        in_channels, out_channels: latent channels.
-        block_out_channels: width of each level; each level but the last halves height and width.
-        layers_per_block: resnets per level on the way down (one more on the way up).
-        attention: per level, whether a transformer follows each resnet.
-        num_heads: attention heads, per level.
-        cross_attention_dim: width of the context, None for a network without cross-attention.
-        num_groups: groups of every group norm.
-        skip: whether equation (1) holds; Stable Diffusion's weights have none.
-        dtype, param_dtype: names of the types that compute and store.
-    """
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)
-    num_heads: tuple[int, ...] = (8, 8, 8, 8)
-    cross_attention_dim: int | None = 768
-    num_groups: int = 32
-    skip: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    @property
-    def factor(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def check(self) -> None:
-        """Raises UserError where a width can't be divided into groups or heads, or a type is unknown."""
-        for key, name in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
-            if name not in DTYPES:
-                raise UserError(f"model.{key}: one of {DTYPES}, got {name!r}")
-        for width, heads in zip(self.block_out_channels, self.num_heads, strict=True):
-            if width % self.num_groups or width % heads:
-                raise UserError(
-                    f"model.block_out_channels: each must be a multiple of num_groups ({self.num_groups}) and of its "
-                    f"num_heads, got {width} with {heads} heads; change one of them"
-                )
-
-    def types(self) -> dict[str, Any]:
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
 
 def time_features(t: Float[Array, " b"], num_features: int) -> Float[Array, "b c"]:
@@ -178,9 +130,10 @@ class SpatialTransformer(nnx.Module):
     def __init__(self, c: UNetConfig, channels: int, num_heads: int, *, rngs: nnx.Rngs):
         types = c.types()
         self.norm = GroupNorm(channels, c.num_groups, 1e-6, param_dtype=types["param_dtype"], rngs=rngs)
-        self.proj_in = Conv(channels, channels, kernel=1, rngs=rngs, **types)
+        project = Linear if c.linear_projection else functools.partial(Conv, kernel=1)
+        self.proj_in = project(channels, channels, rngs=rngs, **types)
         self.transformer_blocks = nnx.List([TransformerBlock(c, channels, num_heads, rngs=rngs)])
-        self.proj_out = Conv(channels, channels, kernel=1, rngs=rngs, **types)
+        self.proj_out = project(channels, channels, rngs=rngs, **types)
 
     def __call__(self, x, context):
         b, h, w, channels = x.shape
@@ -200,11 +153,17 @@ class Resample(nnx.Module):
         return self.conv(x if self.conv.stride == 2 else upsample_nearest(x))
 
 
+def _run(remat: bool, block: Callable[..., Any], *args):
+    """block(*args); with `remat` the backward pass keeps the arguments alone and computes the rest again."""
+    return jax.checkpoint(lambda *inputs: block(*inputs))(*args) if remat else block(*args)
+
+
 class Level(nnx.Module):
     """One resolution of either path: resnets, their transformers, and a resampler except at the end of the path."""
 
     def __init__(self, c: UNetConfig, level: int, in_channels: list[int], resample: str | None, *, rngs: nnx.Rngs):
         channels = c.block_out_channels[level]
+        self.remat = c.remat != "none"
         self.resnets = nnx.List([ResnetBlock(c, n, channels, rngs=rngs) for n in in_channels])
         self.attentions = nnx.List(
             [SpatialTransformer(c, channels, c.num_heads[level], rngs=rngs) for _ in in_channels if c.attention[level]]
@@ -214,20 +173,35 @@ class Level(nnx.Module):
         elif resample == "up":
             self.upsamplers = nnx.List([Resample(c, channels, 1, rngs=rngs)])
 
-    def layer(self, index: int, x, temb, context):
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x, context) if self.attentions else x
+    def layer(self, index: int, x, temb, context, *skip):
+        x = _run(self.remat, lambda temb, *parts: self.resnets[index](jnp.concatenate(parts, -1), temb), temb, x, *skip)
+        return _run(self.remat, self.attentions[index], x, context) if self.attentions else x
+
+    def down(self, x, temb, context):
+        """Returns what the way up will want: every layer's output, and the halved one."""
+        outputs = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            outputs.append(x)
+        return [*outputs, self.downsamplers[0](x)] if hasattr(self, "downsamplers") else outputs
+
+    def up(self, x, skips, temb, context):
+        for i, skip in enumerate(skips):
+            x = self.layer(i, x, temb, context, skip)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
 class MidBlock(nnx.Module):
     def __init__(self, c: UNetConfig, *, rngs: nnx.Rngs):
         channels = c.block_out_channels[-1]
+        self.remat = c.remat != "none"
         self.resnets = nnx.List([ResnetBlock(c, channels, channels, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([SpatialTransformer(c, channels, c.num_heads[-1], rngs=rngs)])
 
     def __call__(self, x, temb, context):
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        return self.resnets[1](x, temb)
+        x = _run(self.remat, self.resnets[0], x, temb)
+        x = _run(self.remat, self.attentions[0], x, context)
+        return _run(self.remat, self.resnets[1], x, temb)
 
 
 class UNet(nnx.Module):
@@ -265,20 +239,12 @@ class UNet(nnx.Module):
         temb = jax.nn.silu(self.time_embedding(time_features(t, self.config.block_out_channels[0])))
         if context is not None:
             context = jnp.broadcast_to(context, (zt.shape[0], *context.shape))
-        x = self.conv_in(zt)
-        skips = [x]
-        for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                x = block.layer(i, x, temb, context)
-                skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
-                skips.append(x)
-        x = self.mid_block(x, temb, context)
-        for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, context)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)
+        remat = self.config.remat == "full"
+        skips = [self.conv_in(zt)]
+        for level in self.down_blocks:
+            skips += _run(remat, level.down, skips[-1], temb, context)
+        x = _run(remat, self.mid_block, skips[-1], temb, context)
+        for level in self.up_blocks:
+            x = _run(remat, level.up, x, [skips.pop() for _ in level.resnets], temb, context)
         v = self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
         return v + (2 * t - 1)[:, None, None, None] * zt if self.config.skip else v

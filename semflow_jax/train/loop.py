@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from semflow_jax import parallel
 from semflow_jax.data.pipeline import make_train_iterator
-from semflow_jax.models.build import count_params, init_unet
+from semflow_jax.models.build import abstract_unet, count_params
+from semflow_jax.pipeline import save_frozen
 from semflow_jax.train.checkpoint import Checkpoints
 from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.setup import Setup, plain
+from semflow_jax.train.start import EXPORT
 from semflow_jax.train.step import TrainState, make_state, make_train_step
 from semflow_jax.train.writer import Writer
 
@@ -54,7 +56,10 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     # It runs once: on a CPU, optimising it would take many times as long as running it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init_fn = jax.jit(
-        lambda: make_state(init_unet(s.unet, c.seed), optimizer), out_shardings=everywhere, compiler_options=options
+        lambda params: make_state(s.start.make_params() if params is None else params, optimizer),
+        donate_argnums=0,
+        out_shardings=everywhere,
+        compiler_options=options,
     )
     iterator = make_train_iterator(
         s.data_dir,
@@ -67,12 +72,16 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         process_count=jax.process_count(),
     )
     # From here on the run has begun: every value has been checked.
+    if main_process and not (workdir / "config.json").exists():
+        save_frozen(workdir / EXPORT, s.model, s.sampler.codec, s.sampler.code, s.sampler.context)
     (workdir / "config.json").write_text(json.dumps(plain(c), indent=2))
     checkpoints = Checkpoints(workdir)
-    shapes = jax.eval_shape(init_fn)
+    shapes = jax.eval_shape(init_fn, None if s.start.drawn else abstract_unet(s.start.unet))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     restored = checkpoints.restore(abstract, iterator)
-    state = init_fn() if restored is None else restored
+    state = restored
+    if state is None:
+        state = init_fn(None if s.start.drawn else s.start.make_params())
     start = int(state["step"])
     if main_process:
         if start:

@@ -17,12 +17,12 @@ from semflow_jax.data.prepare import ensure
 from semflow_jax.data.records import count_records, load_info, open_records, spread_indices
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
-from semflow_jax.mask_code import fit_linear_code, make_mask_code
+from semflow_jax.mask_code import MaskCode, fit_linear_code, make_mask_code
 from semflow_jax.models.build import Params, make_velocity_fn
-from semflow_jax.models.unet import UNetConfig
+from semflow_jax.pipeline import make_config
 from semflow_jax.sampling import Sampler
 from semflow_jax.train.optim import make_schedule
-from semflow_jax.weights.load import load_safetensors, prefixed, save_safetensors, split_prefixed
+from semflow_jax.train.start import EXPORT, Start, find_start, resume_start
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
 FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
@@ -36,10 +36,10 @@ class Setup:
     data_dir: str
     info: DataInfo
     mesh: Mesh
-    unet: UNetConfig
-    fitted: dict[str, Params]
+    start: Start
     sampler: Sampler
     evaluator: Evaluator
+    model: dict[str, Any]  # the config.json of the model
 
 
 def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -52,8 +52,9 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     _check_values(c)
     mesh = parallel.make_mesh()
     _check_batches(c, mesh)
-    codec = make_codec(c.codec, {})
-    unet = _make_unet_config(c.model, codec)
+    begun = (workdir / "config.json").exists()
+    start = resume_start(workdir / EXPORT, c) if begun else find_start(c)
+    codec, unet = start.codec, start.unet
     if c.data.dir is None:
         codec.latent_shape(tuple(c.data.size), unet.factor)
     data_dir = ensure(c.data)
@@ -62,11 +63,16 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     if missing:
         raise UserError(f"{data_dir}: splits train, val and test needed, {sorted(missing)} missing; prepare it again")
     codec.latent_shape(info.size, unet.factor)
-    fitted = _fitted(c, codec, data_dir, info, workdir)
-    codec = make_codec(c.codec, fitted["codec"]) if fitted["codec"] else codec
-    code = make_mask_code(c.mask_code, codec, info.num_classes, fitted["code"])
-    sampler = Sampler(make_velocity_fn(unet), codec, code)
-    return Setup(c, data_dir, info, mesh, unet, fitted, sampler, Evaluator(sampler, data_dir, info, mesh, c))
+    code = start.code
+    if code is None:
+        codec, code = _fit(c, codec, data_dir, info)
+    elif len(code.colours) != info.num_classes:
+        raise UserError(
+            f"init: {c.init} has {len(code.colours)} classes, {data_dir} {info.num_classes}; start from another"
+        )
+    sampler = Sampler(make_velocity_fn(unet), codec, code, start.context)
+    evaluator = Evaluator(sampler, data_dir, info, mesh, c)
+    return Setup(c, data_dir, info, mesh, start, sampler, evaluator, make_config(c, unet, codec, info))
 
 
 def plain(c: ConfigDict) -> dict[str, Any]:
@@ -114,32 +120,16 @@ def _check_batches(c: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def _make_unet_config(c: ConfigDict, codec: Codec) -> UNetConfig:
-    m = c.to_dict()
-    if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
-        raise UserError(
-            "model: block_out_channels, attention and num_heads need one entry per level each, "
-            f"got {m['block_out_channels']}, {m['attention']}, {m['num_heads']}; make them equally long"
-        )
-    unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
-    unet.check()
-    return unet
+def _fit(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Codec, MaskCode]:
+    """Codec and mask code, fitted to training data where they have something to fit."""
+    records = open_records(data_dir, "train")
 
+    def chosen(kind: str) -> Iterator[np.ndarray]:
+        return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
 
-def _fitted(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo, workdir: pathlib.Path) -> dict[str, Params]:
-    """The arrays of codec and mask code that are fitted to training data: the run's own where it has begun."""
-    file = workdir / "fitted.safetensors"
-    if not (file.exists() and (workdir / "config.json").exists()):
-        records = open_records(data_dir, "train")
-
-        def chosen(kind: str) -> Iterator[np.ndarray]:
-            return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
-
-        codec_params: Params = {}
-        if c.codec.name == "patch" and c.codec.whiten:
-            codec_params = fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten)
-        code: Params = {}
-        if c.mask_code.name == "linear":
-            code = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
-        save_safetensors(file, prefixed({"codec": codec_params, "code": code}))
-    return split_prefixed(load_safetensors(file), ("codec", "code"))
+    if c.codec.name == "patch" and c.codec.whiten:
+        codec = make_codec(codec.config, fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten))
+    fitted: Params = {}
+    if c.mask_code.name == "linear":
+        fitted = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
+    return codec, make_mask_code(c.mask_code, codec, info.num_classes, fitted)

@@ -38,36 +38,36 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     c: ConfigDict,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Builds step(state, frozen, batch, key, context) -> (state, metrics); see the module docstring."""
+    """Builds step(state, frozen, batch, key) -> (state, metrics); see the module docstring."""
 
-    def loss_fn(params: Params, frozen: Frozen, batch: Batch, key: PRNGKeyArray, context) -> Float[Array, ""]:
-        key_perturb, key_time = jax.random.split(key)
-        z0 = sampler.encode_image(frozen, batch["image"])
+    def loss_fn(params: Params, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
+        key_encode, key_perturb, key_time = jax.random.split(key, 3)
+        z0 = sampler.encode_image(frozen, batch["image"], key_encode)
         z1 = sampler.encode_mask(frozen, batch["label"], key_perturb)
         t = flow.sample_time(key_time, z0.shape[0], c.loss.time_sampling)
-        v = sampler.velocity_fn(params, flow.interpolate(z0, z1, t), t, context)
+        v = sampler.velocity(params, frozen, flow.interpolate(z0, z1, t), t)
         weight = None
         if c.loss.mask_void:
             weight = sampler.codec.pool((batch["label"] != VOID).astype(jnp.float32))
         return flow.loss(v, flow.velocity(z0, z1), weight)
 
-    def gradient(params: Params, frozen: Frozen, batch: Batch, key: PRNGKeyArray, context):
+    def gradient(params: Params, frozen: Frozen, batch: Batch, key: PRNGKeyArray):
         """Loss and gradient, averaged over `accum_steps` slices of the batch that pass one after the other."""
         slices = c.optim.accum_steps
         if slices == 1:
-            return jax.value_and_grad(loss_fn)(params, frozen, batch, key, context)
+            return jax.value_and_grad(loss_fn)(params, frozen, batch, key)
         split = jax.tree.map(lambda x: x.reshape(slices, x.shape[0] // slices, *x.shape[1:]), batch)
 
         def add(total, inputs):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, frozen, *inputs, context)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, frozen, *inputs)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zero, (split, jax.random.split(key, slices)))
         return jax.tree.map(lambda x: x / slices, total)
 
-    def step(state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKeyArray, context=None):
+    def step(state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKeyArray):
         key = jax.random.fold_in(key, state["step"])
-        loss, grads = gradient(state["params"], frozen, batch, key, context)
+        loss, grads = gradient(state["params"], frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         count = state["step"] + 1

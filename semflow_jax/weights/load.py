@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,7 +105,8 @@ def fill(
     tensors: Mapping[str, np.ndarray],
     table: keys.Table = (),
     place: str | os.PathLike[str] = "tensors",
-) -> dict[str, np.ndarray]:
+    put: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
     """Gives every parameter its tensor, in the parameter's layout and type.
 
     Args:
@@ -113,11 +114,13 @@ def fill(
         tensors: {checkpoint key: array in PyTorch's layout}.
         table: what differs between keys and paths.
         place: where the tensors come from, for the error message.
+        put: where each tensor goes before the next is read, `jax.numpy.asarray` for a device: of what is mapped from a
+            file, no more than one tensor at a time is in memory twice.
 
     Raises:
         UserError: lists every key without a parameter, every parameter without a tensor, every wrong shape.
     """
-    filled: dict[str, np.ndarray] = {}
+    filled: dict[str, Any] = {}
     unmapped, repeated, misshaped = [], [], []
     unfilled = dict.fromkeys(params_abstract)
     for key, tensor in tensors.items():
@@ -133,10 +136,12 @@ def fill(
         del unfilled[path]
         target = params_abstract[path]
         tensor = tensor.transpose(keys.axes(path, tensor.ndim))
+        if tensor.ndim == 4 and len(target.shape) == 2 and tensor.shape[:2] == (1, 1):
+            tensor = tensor[0, 0]  # a 1 x 1 convolution is a linear map, and some files store one as the other
         if tensor.shape != tuple(target.shape):
             misshaped.append(f"{key} {list(tensor.shape)} instead of {list(target.shape)}")
             continue
-        filled[path] = tensor.astype(target.dtype, order="C")
+        filled[path] = put(tensor.astype(target.dtype, order="C"))
     found = {
         "keys without a parameter": unmapped,
         "keys for a parameter that has one": repeated,
