@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 fine-tuned on your folder by the paper's recipe for CelebAMask-HQ: 512 x 512, the paper's colours.
+"""Stable Diffusion 1.5 fine-tuned on your folder by the paper's recipe for CelebAMask-HQ: 512 x 512, its colours.
 
 python main.py --config=configs/sd15_folder.py --config.data.source=MY_FOLDER --workdir=runs/mine
 

@@ -130,11 +130,11 @@ def convert(args: argparse.Namespace) -> None:
     if args.classes is not None:
         class_names = load_classes(args.classes).names
     options = {"revision": args.revision, "offline": args.offline}
-    flow = SemFlow.from_pretrained(args.source, unet=args.unet, class_names=class_names, **options)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(
             f"{args.out}: a new or empty folder expected, found something in it; choose another or empty it"
         )
+    flow = SemFlow.from_pretrained(args.source, unet=args.unet, class_names=class_names, **options)
     if args.format == "diffusers":
         flow.save_diffusers(args.out)
     else:

@@ -14,6 +14,7 @@ segmentation finds it there, and drops it.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ class MaskCode:
     params: the code's arrays; hand them to jitted functions as an argument.
     encode: (params, codec_params, label, key or None) -> z1, perturbed where a key is given.
     decode: (params, codec_params, z1) -> label.
+    config: what `make_mask_code` builds it from, beside its arrays.
     """
 
     name: str
@@ -46,6 +48,7 @@ class MaskCode:
     params: Params
     encode: Callable[[Params, Params, Array, PRNGKeyArray | None], Array]
     decode: Callable[[Params, Params, Array], Array]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: float, region: float) -> MaskCode:
@@ -123,5 +126,7 @@ def make_mask_code(c: ConfigDict, codec: Codec, num_classes: int, params: Params
         raise UserError(f"mask_code.name: one of {CODES}, got {c.name!r}")
     colours = palette.make_palette(c.palette, num_classes)
     if c.name == "colour":
-        return make_colour_code(codec, colours, c.pixel, c.region)
-    return make_linear_code(codec, colours, params, c.pixel, c.region)
+        code = make_colour_code(codec, colours, c.pixel, c.region)
+    else:
+        code = make_linear_code(codec, colours, params, c.pixel, c.region)
+    return dataclasses.replace(code, config=c.to_dict())

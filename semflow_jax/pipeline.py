@@ -26,7 +26,7 @@ from semflow_jax.data.info import DataInfo
 from semflow_jax.errors import UserError
 from semflow_jax.mask_code import MaskCode, make_mask_code
 from semflow_jax.models.build import Params, abstract_unet, make_velocity_fn
-from semflow_jax.models.unet import UNetConfig
+from semflow_jax.models.unet_config import DTYPES, UNetConfig
 from semflow_jax.sampling import Sampler
 from semflow_jax.weights.export import to_torch
 from semflow_jax.weights.files import load_json
@@ -36,6 +36,7 @@ from semflow_jax.weights.stable_diffusion import find_pretrained, load_context, 
 
 CONFIG, FROZEN, WEIGHTS, CARD = "config.json", "frozen.safetensors", "model.safetensors", "README.md"
 ORBAX = "model.orbax"  # instead of WEIGHTS
+FILE_FORMATS = ("safetensors", "orbax")
 Context = Array | None  # [n d]
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def find_model(
         if folder is not None and is_saved(folder):
             return folder
     try:
-        return find_pretrained(path, revision, token, offline)
+        return find_pretrained(path, revision, token, offline, more=(CONFIG, FROZEN, WEIGHTS, f"{ORBAX}/*", CARD))
     except UserError as error:
         raise UserError(f"checkpoint {error}; these come with the package: {', '.join(shipped()) or 'none'}") from error
 
@@ -127,6 +128,7 @@ class SemFlow:
         self.params = params
         self.info = DataInfo.from_dict(config["data"])
         self.unet = make_unet_config(config)
+        check_parts(self.unet, codec, context)
         self.codec = codec
         self.code = code
         self.context = context
@@ -167,7 +169,8 @@ class SemFlow:
         """
         found = find_model(str(path), revision, token, offline)
         if not is_saved(found):
-            return cls._from_stable_diffusion(found, unet, context, class_names, dtype)
+            name = pathlib.PurePath(path).name  # of the repository, whose folder is called after a commit
+            return cls._from_stable_diffusion(found, name, unet, context, class_names, dtype)
         if unet is not None or context is not None or class_names is not None:
             raise UserError(f"{found}: unet, context and class_names are for Stable Diffusion's weights; drop them")
         return cls._open(found, dtype)
@@ -176,7 +179,9 @@ class SemFlow:
     def _open(cls, folder: pathlib.Path, dtype: str | None) -> "SemFlow":
         config, codec, code, context = load_frozen(folder)
         config["model"] |= {} if dtype is None else {"dtype": dtype}
-        abstract = abstract_unet(make_unet_config(config))
+        network = make_unet_config(config)
+        network.check()
+        abstract = abstract_unet(network)
         if (folder / WEIGHTS).is_file():
             params = fill(abstract, load_safetensors(folder / WEIGHTS), place=str(folder / WEIGHTS), put=jnp.asarray)
         elif (folder / ORBAX).is_dir():
@@ -191,14 +196,16 @@ class SemFlow:
     def _from_stable_diffusion(
         cls,
         path: pathlib.Path,
+        name: str,
         unet: str | pathlib.Path | None,
         context: Float[np.ndarray, "n d"] | None,
         class_names: Sequence[str] | None,
         dtype: str | None,
     ) -> "SemFlow":
         """The official recipe around Stable Diffusion's weights: the paper's colours, Euler with 25 steps."""
-        network, params = load_unet(path if unet is None else pathlib.Path(unet), put=jnp.asarray)
+        network, params = load_unet(path, None if unet is None else pathlib.Path(unet), put=jnp.asarray)
         network = network if dtype is None else dataclasses.replace(network, dtype=dtype)
+        network.check()
         codec = make_kl_codec(*load_vae(path, put=jnp.asarray))
         names = tuple(str(i) for i in range(NUM_GRID)) if class_names is None else tuple(class_names)
         config = {
@@ -206,11 +213,11 @@ class SemFlow:
             "codec": codec.config,
             "mask_code": {"name": "colour", "palette": "grid", "pixel": 0.1, "region": 0.0},
             "sampling": {"solver": "euler", "steps": 25},
-            "data": DataInfo(path.name, names, (512, 512)).to_dict(),
+            "data": DataInfo(name, names, (512, 512)).to_dict(),
         }
         code = make_mask_code(ConfigDict(config["mask_code"]), codec, len(names), {})
         context = load_context(path) if context is None else context
-        return cls(config, params, codec, code, jnp.asarray(context), f"# SemFlow from {path.name}\n")
+        return cls(config, params, codec, code, jnp.asarray(context), f"# SemFlow from {name}\n")
 
     def save_pretrained(
         self, path: str | pathlib.Path, dtype: str = "float32", file_format: str = "safetensors"
@@ -220,11 +227,18 @@ class SemFlow:
         Args:
             dtype: stores the velocity network in this type; float16 halves the file.
             file_format: 'safetensors', with PyTorch's order of axes, or 'orbax', with ours and in the type at hand.
+
+        Raises:
+            UserError: another type or format.
         """
+        for key, value, known in (("dtype", dtype, DTYPES), ("file_format", file_format, FILE_FORMATS)):
+            if value not in known:
+                raise UserError(f"{key}: one of {known}, got {value!r}")
         folder = pathlib.Path(path)
         save_frozen(folder, self.config, self.codec, self.code, self.context)
         if file_format == "orbax":
             save_orbax(folder / ORBAX, self.params)
+            (folder / WEIGHTS).unlink(missing_ok=True)  # of another format, they would be read instead
         else:
             save_safetensors(folder / WEIGHTS, to_torch(self.params, dtype))
         (folder / CARD).write_text(self.card)
@@ -338,12 +352,27 @@ def make_unet_config(config: dict[str, Any]) -> UNetConfig:
     return UNetConfig(**fields)
 
 
-def make_config(c: ConfigDict, unet: UNetConfig, codec: Codec, info: DataInfo) -> dict[str, Any]:
+def check_parts(unet: UNetConfig, codec: Codec, context: Context) -> None:
+    """Raises UserError unless the codec's latents and the context have the widths that the network wants."""
+    if {unet.in_channels, unet.out_channels} != {codec.channels}:
+        raise UserError(
+            f"codec: {codec.name} has latents of {codec.channels} channels, the network takes {unet.in_channels} and "
+            f"gives {unet.out_channels}; with Stable Diffusion's weights use 'kl' or 'taesd'"
+        )
+    shape = None if context is None else list(context.shape)
+    if (shape and shape[1:]) != (unet.cross_attention_dim and [unet.cross_attention_dim]):
+        raise UserError(
+            f"context: {f'[n, {unet.cross_attention_dim}]' if unet.cross_attention_dim else 'none'} expected by the "
+            f"network, got {'none' if shape is None else shape}; take that of the text tower it was trained with"
+        )
+
+
+def make_config(c: ConfigDict, unet: UNetConfig, codec: Codec, code: MaskCode, info: DataInfo) -> dict[str, Any]:
     """What `config.json` of an exported model says, from a training config."""
     return {
         "model": dataclasses.asdict(unet),
         "codec": codec.config,
-        "mask_code": c.mask_code.to_dict(),
+        "mask_code": code.config,
         "sampling": c.sampling.to_dict(),
         "data": info.to_dict(),
     }

@@ -72,7 +72,7 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     sampler = Sampler(make_velocity_fn(unet), codec, code, start.context)
     evaluator = Evaluator(sampler, data_dir, info, mesh, c)
-    return Setup(c, data_dir, info, mesh, start, sampler, evaluator, make_config(c, unet, codec, info))
+    return Setup(c, data_dir, info, mesh, start, sampler, evaluator, make_config(c, unet, codec, code, info))
 
 
 def plain(c: ConfigDict) -> dict[str, Any]:

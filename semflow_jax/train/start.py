@@ -13,7 +13,7 @@ from semflow_jax.errors import UserError
 from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params, init_unet
 from semflow_jax.models.unet_config import UNetConfig
-from semflow_jax.pipeline import SemFlow, find_model, is_saved, load_frozen, make_unet_config
+from semflow_jax.pipeline import SemFlow, check_parts, find_model, is_saved, load_frozen, make_unet_config
 from semflow_jax.weights.stable_diffusion import load_context, load_vae, open_unet
 
 EXPORT = "export"  # folder of a run that holds its model; the weights come last
@@ -65,12 +65,8 @@ def find_start(c: ConfigDict) -> Start:
     unet = _given(found, c.model)
     dtype = jnp.dtype(unet.param_dtype)
     codec = make_kl_codec(*load_vae(path, put=jnp.asarray)) if c.codec.name == "kl" else load_codec(c.codec)
-    if codec.channels != unet.in_channels:
-        raise UserError(
-            f"codec.name: latents of {unet.in_channels} channels expected by {path}, {codec.name} has "
-            f"{codec.channels}; use 'kl' or 'taesd'"
-        )
     context = jnp.asarray(load_context(path))
+    check_parts(unet, codec, context)
     return Start(unet, codec, None, context, lambda: read(lambda x: jnp.asarray(x, dtype)), drawn=False)
 
 
