@@ -11,15 +11,16 @@ Makes .venv, installs semflow_jax there with its test tools, and runs ruff, mypy
 
 environment: PYTHON            the interpreter to make .venv with, 3.11 or later (default: python3)
              ALL=1 or CI       run the slow tests too
-             SEMFLOW_TORCH=1   install a CPU build of torch for the parity tests, where there is one (CI implies it)
+             SEMFLOW_TORCH=1   install diffusers, transformers and a CPU build of torch, where there is one, for the
+                               parity tests (CI implies it)
              SEMFLOW_SHARED    folder of real data and weights (default: ../shared); its tests are skipped without it
 EOF
 }
 
 # The parity tests compare with torch. A CUDA build would bring gigabytes that no test uses.
-install_cpu_torch() {
-    if "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; then
-        echo "torch: is installed"
+install_parity() {
+    if "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "transformers"))))'; then
+        echo "torch, diffusers, transformers: installed"
     elif [[ -z "${CI:-}" && "${SEMFLOW_TORCH:-}" != 1 ]]; then
         echo "torch: not installed, its parity tests are skipped (SEMFLOW_TORCH=1 installs it)"
     elif [[ "$(python_version "$VENV_PYTHON")" != 3.11.* ]]; then
@@ -27,8 +28,8 @@ install_cpu_torch() {
     elif ! "$VENV_PYTHON" -m pip install --quiet --dry-run --report - "torch==$TORCH" 2>/dev/null | is_cpu_only; then
         echo "torch: found no CPU build of $TORCH, its parity tests are skipped"
     else
-        echo "torch: installing the CPU build of $TORCH"
-        "$VENV_PYTHON" -m pip install --quiet "torch==$TORCH"
+        echo "torch: installing the CPU build of $TORCH, diffusers and transformers"
+        "$VENV_PYTHON" -m pip install --quiet --editable ".[parity]" "torch==$TORCH"
     fi
 }
 
@@ -47,7 +48,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv
 install "test,tensorboard"
-install_cpu_torch
+install_parity
 
 "$VENV_PYTHON" -m ruff check
 "$VENV_PYTHON" -m ruff format --check

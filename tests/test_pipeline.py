@@ -229,7 +229,8 @@ def test_eval_is_one_pass_in_order(data_dir, process_count, batch_size, num):
             for name, image in zip(batch["id"], batch["image"], strict=True):
                 if name:
                     np.testing.assert_array_equal(image, make_pair(int(name[1:]))[0])
-    assert ids[:num] == [f"n{i}" for i in range(num)] and not any(ids[num:])
+    chosen = {7: [0, 1, 2, 3, 4, 5, 6], 3: [0, 2, 4]}[num]  # where there are fewer, they are spread evenly
+    assert ids[:num] == [f"n{i}" for i in chosen] and not any(ids[num:])
     assert valid == [bool(name) for name in ids]
 
 

@@ -9,7 +9,7 @@ from absl import flags
 
 from semflow_jax.data import transforms
 from semflow_jax.data.info import VOID
-from semflow_jax.data.records import Records, load_info, open_records
+from semflow_jax.data.records import Records, load_info, open_records, spread_indices
 from semflow_jax.errors import UserError
 
 # The elements that grain buffers are whole batches here, so a few are plenty; its defaults would hold 500 of them.
@@ -83,7 +83,7 @@ def make_eval_batches(
     split; where it ends, batches are padded with black images, void labels, `valid` False and empty ids.
 
     Args:
-        limit: stop after so many examples of the split; None takes all.
+        limit: so many examples, evenly over the split, for neighbours are often alike; None takes all.
 
     Raises:
         UserError: not a prepared folder, no such split, or an argument out of range.
@@ -92,19 +92,19 @@ def make_eval_batches(
     if limit is not None and limit < 1:
         raise UserError(f"limit: must be at least 1 or None, got {limit}; None takes all")
     records = open_records(data_dir, split)
-    num = min(len(records), limit or len(records))
+    chosen = spread_indices(len(records), limit or len(records))
     global_batch = batch_size * process_count
-    starts = range(process_index * batch_size, -(-num // global_batch) * global_batch, global_batch)
+    starts = range(process_index * batch_size, -(-len(chosen) // global_batch) * global_batch, global_batch)
 
     def load(k: int) -> dict[str, Any]:
-        return _padded_batch(records, range(starts[k], starts[k] + batch_size), num)
+        return _padded_batch(records, chosen[starts[k] : starts[k] + batch_size], batch_size)
 
     return iter(grain.MapDataset.range(len(starts)).map(load).to_iter_dataset(THREADS))
 
 
-def _padded_batch(records: Records, indices: range, num: int) -> dict[str, Any]:
-    examples = [records[i] for i in indices if i < num]
-    missing = len(indices) - len(examples)
+def _padded_batch(records: Records, indices: list[int], size: int) -> dict[str, Any]:
+    examples = [records[i] for i in indices]
+    missing = size - len(examples)
     shape = (examples or [records[0]])[0]["image"].shape[:2]
     void = {"image": np.zeros((*shape, 3), np.uint8), "label": np.full((*shape, 1), VOID, np.uint8), "id": ""}
     padded = examples + missing * [void]

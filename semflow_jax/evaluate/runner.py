@@ -69,7 +69,7 @@ class Evaluator:
         return matrix, synthesis.diversity(samples), samples
 
     def segmentation(self, params: Params, frozen: Frozen, split: str, limit=None, progress=None) -> dict[str, Any]:
-        """mIoU, accuracy and IoU by class on (the first `limit` images of) a split, the codec's ceiling beside them."""
+        """mIoU, accuracy and IoU by class on (`limit` images of) a split, the codec's ceiling beside them."""
         matrices = np.zeros((2, self.info.num_classes, self.info.num_classes), np.int64)
         for batch in self._batches(split, limit, progress):
             found, ceiling, _ = self.segment_fn(params, frozen, batch)
@@ -81,7 +81,7 @@ class Evaluator:
         }
 
     def synthesis(self, params: Params, frozen: Frozen, split: str, limit=None, progress=None) -> dict[str, Any]:
-        """Agreement of synthesized images with their mask, and diversity, on (the first `limit` masks of) a split."""
+        """Agreement of synthesized images with their mask, and diversity, on (`limit` masks of) a split."""
         matrix = np.zeros((self.info.num_classes, self.info.num_classes), np.int64)
         spreads = []
         for i, batch in enumerate(self._batches(split, limit, progress)):
@@ -98,13 +98,13 @@ class Evaluator:
         }
 
     def gallery(self, params: Params, frozen: Frozen, split: str) -> Gallery:
-        """The first images of a split with their predictions, synthesized samples and paths."""
-        num = self.c.eval.gallery
-        batch = next(self._batches(split, self.c.eval.batch_size, None))
+        """Images from all over a split with their predictions, synthesized samples and paths."""
+        num = min(self.c.eval.gallery, self.c.eval.batch_size, count_records(self.data_dir)[split])
+        batch = next(self._batches(split, num, None))
         prediction = self.segment_fn(params, frozen, batch)[2]
         samples = self.synthesize_fn(params, frozen, batch, jax.random.key(self.c.seed))[2]
         pictures, labels = jax.jit(self.sampler.frames, static_argnames=("num_frames", "steps"))(
-            params, frozen, batch["image"][:NUM_PATHS], num_frames=NUM_FRAMES, steps=self.c.sampling.steps
+            params, frozen, batch["image"][: min(NUM_PATHS, num)], num_frames=NUM_FRAMES, steps=self.c.sampling.steps
         )
         masks = self.sampler.code.colours[np.asarray(labels)[..., 0]]
         frames = np.stack([np.asarray(pictures), masks], axis=2)  # [f p 2 h w 3]: every path is seen twice
