@@ -211,7 +211,7 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--checkpoint", required=True, help=checkpoint)
     c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
     c.add_argument("--split", default="test")
-    c.add_argument("--limit", type=positive, help="the first N examples; default: all")
+    c.add_argument("--limit", type=positive, help="so many examples, evenly over the split; default: all")
     add_sampling(c)
     c.add_argument("--batch-size", type=positive, default=32)
     c.add_argument("--out", type=pathlib.Path, help="also write the figures here, as JSON")

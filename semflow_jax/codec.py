@@ -163,7 +163,7 @@ def load_codec(c: ConfigDict) -> Codec:
 def make_codec(config: Mapping[str, Any], tensors: Mapping[str, AnyArray]) -> Codec:
     """The inverse of `Codec.config` and `stored`."""
     if config["name"] == "patch":
-        return make_patch_codec(config["factor"], dict(tensors))
+        return make_patch_codec(config["factor"], {name: jnp.asarray(x) for name, x in tensors.items()})
     if config["name"] == "kl":
         vae = vae_config(config)
         abstract, _ = make_fns(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)))

@@ -91,7 +91,8 @@ def load_frozen(folder: pathlib.Path) -> tuple[dict[str, Any], Codec, MaskCode, 
         make_unet_config(config).check()
         codec = make_codec(config["codec"], groups["codec"])
         num_classes = DataInfo.from_dict(config["data"]).num_classes
-        code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, groups["code"])
+        fitted = {name: jnp.asarray(x) for name, x in groups["code"].items()}
+        code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, fitted)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,6 +168,8 @@ class SemFlow:
         Raises:
             UserError: no such model, or one that is not whole.
         """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype: one of {DTYPES}, got {dtype!r}")
         found = find_model(str(path), revision, token, offline)
         if not is_saved(found):
             name = pathlib.PurePath(path).name  # of the repository, whose folder is called after a commit
@@ -179,9 +182,7 @@ class SemFlow:
     def _open(cls, folder: pathlib.Path, dtype: str | None) -> "SemFlow":
         config, codec, code, context = load_frozen(folder)
         config["model"] |= {} if dtype is None else {"dtype": dtype}
-        network = make_unet_config(config)
-        network.check()
-        abstract = abstract_unet(network)
+        abstract = abstract_unet(make_unet_config(config))
         if (folder / WEIGHTS).is_file():
             params = fill(abstract, load_safetensors(folder / WEIGHTS), place=str(folder / WEIGHTS), put=jnp.asarray)
         elif (folder / ORBAX).is_dir():
@@ -205,7 +206,6 @@ class SemFlow:
         """The official recipe around Stable Diffusion's weights: the paper's colours, Euler with 25 steps."""
         network, params = load_unet(path, None if unet is None else pathlib.Path(unet), put=jnp.asarray)
         network = network if dtype is None else dataclasses.replace(network, dtype=dtype)
-        network.check()
         codec = make_kl_codec(*load_vae(path, put=jnp.asarray))
         names = tuple(str(i) for i in range(NUM_GRID)) if class_names is None else tuple(class_names)
         config = {

@@ -19,3 +19,21 @@ def shared_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"SEMFLOW_SHARED: no folder at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """Stable Diffusion 1.5 in small, see `stable_diffusion_folder.py`."""
+    import stable_diffusion_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEMFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield stable_diffusion_folder.write(tmp_path_factory.mktemp("stable-diffusion"))
+
+
+@pytest.fixture(scope="session")
+def sd_flow(sd):
+    """The same as a flow of ours."""
+    from semflow_jax.pipeline import SemFlow
+
+    return SemFlow.from_pretrained(sd.path)

@@ -6,14 +6,17 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from test_folder import make_folder
 from test_pipeline_model import CLASS_NAMES, SIZE, make_pictures, make_tiny_flow
 
-from semflow_jax import cli, parallel
+from semflow_jax import cli, palette, parallel
 from semflow_jax.data.records import count_records, load_info
+from semflow_jax.pipeline import SemFlow
+from semflow_jax.weights.load import load_safetensors
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_help_names_every_command(capsys):
         run("--help")
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for command in ("prepare", "inspect", "segment", "synthesize", "evaluate"):
+    for command in ("prepare", "inspect", "segment", "synthesize", "convert", "evaluate"):
         assert re.search(rf"^ +{command}\b", out, re.MULTILINE)
 
 
@@ -251,3 +254,66 @@ def test_bad_options_of_prepare(tmp_path, capsys):
     )
     assert "invalid choice: 'imagenet'" in fail(capsys, "prepare", "imagenet", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_convert_there_and_back(flow, checkpoint, tmp_path, capsys):
+    run("convert", checkpoint, tmp_path / "orbax", "--format", "orbax")
+    assert (tmp_path / "orbax" / "model.orbax").is_dir() and not (tmp_path / "orbax" / "model.safetensors").exists()
+    run("convert", tmp_path / "orbax", tmp_path / "back")
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    run("convert", checkpoint, tmp_path / "half", "--dtype", "float16")
+    assert load_safetensors(tmp_path / "half" / "model.safetensors")["conv_in.weight"].dtype == np.float16
+    lines = capsys.readouterr().out.splitlines()
+    digest = parallel.digest(flow.params)
+    for line, name, kind in zip(lines, ("orbax", "back", "half"), ("orbax", "safetensors", "safetensors"), strict=True):
+        assert line.endswith(f"parameters in {tmp_path / name}, {kind}; sha256 {digest}")
+
+
+def test_convert_writes_nothing_over_something(checkpoint, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder" / "notes.txt", tmp_path / "file"):
+        path.write_text("mine")
+    for name in ("folder", "file"):
+        line = fail_in_a_line(capsys, "convert", "/nowhere", tmp_path / name)  # said before anything is read
+        assert f"{tmp_path / name}: a new or empty folder expected, found something in it" in line
+    assert (tmp_path / "folder" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    run("convert", checkpoint, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_convert_what_can_not_be(checkpoint, tmp_path, capsys):
+    for options, message in (
+        ([checkpoint, "--format", "diffusers"], "model.skip: must be false for diffusers"),
+        ([checkpoint, "--unet", "x.pt"], "unet, context and class_names are for Stable Diffusion's weights"),
+        ([tmp_path], "a folder with unet/config.json expected, found none"),
+        ([checkpoint, "--classes", "/nowhere"], "/nowhere: must be a list of names"),
+        (["some/one", "--offline"], "checkpoint some/one: a folder, or a repository of the Hugging Face hub"),
+    ):
+        source, *rest = options
+        assert message in fail_in_a_line(capsys, "convert", source, tmp_path / "out", *rest)
+        assert not (tmp_path / "out").exists()
+
+
+def test_convert_stable_diffusion(sd, sd_flow, tmp_path):
+    """With the authors' weights and class names to a flow of ours, and that to diffusers."""
+    import torch
+
+    state = {f"module.{key}": tensor + 1 for key, tensor in sd.unet.state_dict().items()}
+    torch.save(state, tmp_path / "face.pt")
+    (tmp_path / "classes.json").write_text(json.dumps(["skin", "nose", "hat"]))
+    options = ["--unet", tmp_path / "face.pt", "--classes", tmp_path / "classes.json"]
+    run("convert", sd.path, tmp_path / "flow", *options)
+    flow = SemFlow.from_pretrained(tmp_path / "flow")
+    assert flow.info.class_names == ("skin", "nose", "hat") and flow.info.name == sd.path.name
+    np.testing.assert_array_equal(flow.code.colours, palette.grid_palette(3))
+    np.testing.assert_array_equal(flow.context, sd_flow.context)
+    jax.tree.map(np.testing.assert_array_equal, flow.params, {key: x + 1 for key, x in sd_flow.params.items()})
+
+    run("convert", tmp_path / "flow", tmp_path / "diffusers", "--format", "diffusers")
+    found = load_safetensors(tmp_path / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = {key.removeprefix("module."): tensor.numpy() for key, tensor in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = load_safetensors(tmp_path / "diffusers" / "vae" / "diffusion_pytorch_model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found, {key: x.numpy() for key, x in sd.vae.state_dict().items()})

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -90,13 +89,13 @@ def prefixed(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     return {f"{group}.{name}": np.asarray(x) for group, arrays in groups.items() for name, x in arrays.items()}
 
 
-def split_prefixed(tensors: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
-    """The inverse of `prefixed`, as arrays of jax; takes the tensors it finds out of `tensors`."""
-    found: dict[str, Any] = {group: {} for group in groups}
+def split_prefixed(tensors: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """The inverse of `prefixed`; takes the tensors it finds out of `tensors`."""
+    found: dict[str, dict[str, np.ndarray]] = {group: {} for group in groups}
     for key in list(tensors):
         group, _, name = key.partition(".")
         if group in found:
-            found[group][name] = jnp.asarray(tensors.pop(key))
+            found[group][name] = tensors.pop(key)
     return found
 
 

@@ -112,9 +112,7 @@ def open_unet(
     return config, lambda put: fill(abstract, tensors, table, str(path), put)
 
 
-def load_unet(
-    path: pathlib.Path, unet: pathlib.Path | None = None, put: Put = np.asarray
-) -> tuple[UNetConfig, Params]:
+def load_unet(path: pathlib.Path, unet: pathlib.Path | None = None, put: Put = np.asarray) -> tuple[UNetConfig, Params]:
     """Config and weights of `open_unet`.
 
     Args: unet: where the weights come from instead; a file has the config in the folder `path`, where there is one.
