@@ -14,6 +14,7 @@ import pytest
 
 from semflow_jax.errors import UserError
 from semflow_jax.models import attention as attention_module
+from semflow_jax.models import layers
 from semflow_jax.models.attention import attention
 from semflow_jax.models.build import abstract_unet, count_params, init_unet, make_velocity_fn
 from semflow_jax.models.unet import UNetConfig, time_features
@@ -132,6 +133,7 @@ FORMS = ("_plain", "_chunked", "_chunked_by_head", "attention")
 def test_every_form_of_attention_is_attention(monkeypatch, form, num):
     monkeypatch.setattr(attention_module, "LONG", 8)
     monkeypatch.setattr(attention_module, "CHUNK", 4)
+    monkeypatch.setattr(attention_module, "CPU_CHUNK", 4)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 4)), jnp.float32) for n in (num, 9, 9))
     fn = getattr(attention_module, form)
@@ -147,7 +149,7 @@ def test_no_platform_holds_all_scores(platform):
     q = jax.ShapeDtypeStruct((1, 2048, 2, 40), jnp.bfloat16)
     traced = jax.jit(jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2))).trace(q, q, q)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert "128x2048x" in text
+    assert f"{256 if platform == 'cpu' else 128}x2048x" in text
     assert "2048x2048x" not in text
     assert ("1x2x128x2048x" in text) == (platform != "cpu")
 
@@ -165,6 +167,24 @@ def test_cudnn_where_it_can(monkeypatch, dtype, d, fused):
     q = jnp.zeros((1, 1024, 1, d), dtype)
     attention_module.attention.__wrapped__(q, q, q)
     assert asked == (["cudnn"] if fused else [])
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
+def test_a_product_of_patches_is_a_convolution(monkeypatch, padding):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 4, 5), (3, 3, 5, 7)))
+
+    def run():
+        convolve = jax.jit(lambda x, weight: layers._convolve(x, weight, 1, padding))
+        gradients = jax.grad(lambda *args: jnp.sin(convolve(*args)).sum(), (0, 1))(x, weight)
+        return "convolution" in convolve.lower(x, weight).as_text(), (convolve(x, weight), *gradients)
+
+    native, expected = run()
+    monkeypatch.setattr(layers, "WIDE", 1)
+    still_native, found = run()
+    assert native and not still_native
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_does_not_know_order():

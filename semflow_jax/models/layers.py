@@ -13,8 +13,31 @@ from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+WIDE, SMALL = 2**20, 2**8  # weights per tap, and places of a map
+
 fan_in_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 zeros_init = nnx.initializers.zeros_init()
+
+
+def _convolve(
+    x: Float[Array, "b h w cin"], weight: Float[Array, "kh kw cin cout"], stride: int, padding: Padding
+) -> Float[Array, "b ho wo cout"]:
+    def native(x, weight):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, weight, (stride, stride), padding, dimension_numbers=layout)
+
+    def by_patches(x, weight):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        kh, kw, _, cout = weight.shape
+        h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+        patches = [x[:, i : i + h, j : j + w] for i in range(kh) for j in range(kw)]
+        return jnp.concatenate(patches, axis=-1) @ weight.reshape(-1, cout)
+
+    # On a CPU, one matrix product of all patches takes half the time of XLA's convolution where the weights outweigh
+    # the map: 1280 channels at 8 x 8.
+    if stride == 1 and weight.shape[2] * weight.shape[3] >= WIDE and x.shape[1] * x.shape[2] <= SMALL:
+        return jax.lax.platform_dependent(x, weight, cpu=by_patches, default=native)
+    return native(x, weight)
 
 
 class Conv(nnx.Module):
@@ -46,13 +69,7 @@ class Conv(nnx.Module):
         if weight.shape[:2] == (1, 1) and self.stride == 1:
             x = x.astype(self.dtype) @ weight[0, 0]
         else:
-            x = jax.lax.conv_general_dilated(
-                x.astype(self.dtype),
-                weight,
-                (self.stride, self.stride),
-                self.padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            x = _convolve(x.astype(self.dtype), weight, self.stride, self.padding)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
