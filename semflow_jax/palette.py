@@ -40,8 +40,8 @@ def grid_palette(num_classes: int, side: int = 6, step: int = 50) -> UInt8[np.nd
 def spread_palette(num_classes: int) -> UInt8[np.ndarray, "n 3"]:
     """Colours far from each other and from void's white: one after the other, the farthest point of a grid.
 
-    Denser packings exist and do worse: their colours lie half way between others, where a lossy codec's blurred borders
-    fall.
+    Denser packings exist and gain nothing behind a lossy codec, whose blurred borders fall on colours half way between
+    others: benchmarks/palettes.py.
     """
     num_levels = 2 if num_classes <= 7 else 5 if num_classes <= 20 else 9
     levels = np.linspace(0, 255, num_levels).round()
