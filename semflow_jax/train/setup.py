@@ -55,7 +55,7 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     begun = (workdir / "config.json").exists()
     start = resume_start(workdir / EXPORT, c) if begun else find_start(c)
     codec, unet = start.codec, start.unet
-    if c.data.dir is None:
+    if c.data.dir is None and len(c.data.size) == 2:  # else `ensure` has the better word
         codec.latent_shape(tuple(c.data.size), unet.factor)
     data_dir = ensure(c.data)
     info = load_info(data_dir)
