@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from semflow_jax import whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
-from semflow_jax.models.tiny_vae import FACTOR, TINY_VAES, TinyVAE
+from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.vae import AutoencoderKL, VAEConfig
 from semflow_jax.weights.export import to_torch
 from semflow_jax.weights.keys import TINY_VAE, Table
@@ -110,15 +110,16 @@ def make_patch_codec(factor: int, params: Params) -> Codec:
 
 
 def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = (), place: str = "tensors") -> Codec:
-    abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)), "encode", "decode")
+    vae = TINY_VAES[name]
+    abstract, (encode, decode) = make_fns(lambda: TinyVAE(vae, rngs=nnx.Rngs(0)), "encode", "decode")
     return Codec(
         name=name,
-        factor=FACTOR,
-        channels=TINY_VAES[name].latent_channels,
+        factor=vae.factor,
+        channels=vae.latent_channels,
         params=fill(abstract, tensors, table, place, put=jnp.asarray),
         encode=lambda p, image, key: encode(p, image),
         decode=decode,
-        pool=lambda pixels: _pool(pixels, FACTOR),
+        pool=lambda pixels: _pool(pixels, vae.factor),
         config={"name": name},
     )
 

@@ -120,11 +120,18 @@ def make_linear_code(
     return MaskCode("linear", colours, params, encode, decode)
 
 
-def make_mask_code(c: ConfigDict, codec: Codec, num_classes: int, params: Params) -> MaskCode:
-    """The code of a config section; `params` are the fitted arrays of 'linear'."""
+def make_mask_code(
+    c: ConfigDict, codec: Codec, num_classes: int, params: Params, colours: UInt8[np.ndarray, "n 3"] | None = None
+) -> MaskCode:
+    """The code of a config section.
+
+    Args:
+        params: the fitted arrays of 'linear'.
+        colours: those a saved model was trained with; by default the palette that `c` names.
+    """
     if c.name not in CODES:
         raise UserError(f"mask_code.name: one of {CODES}, got {c.name!r}")
-    colours = palette.make_palette(c.palette, num_classes)
+    colours = palette.make_palette(c.palette, num_classes) if colours is None else colours
     if c.name == "colour":
         code = make_colour_code(codec, colours, c.pixel, c.region)
     else:

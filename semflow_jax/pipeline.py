@@ -76,7 +76,8 @@ def save_frozen(folder: pathlib.Path, config: dict[str, Any], codec: Codec, code
     arrays = prefixed({"codec": stored(codec), "code": code.params})
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(folder / FROZEN, arrays | ({} if context is None else {"context": np.asarray(context)}))
-    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    # A palette is written out: a later version may choose other colours by the same name.
+    (folder / CONFIG).write_text(json.dumps(config | {"colours": code.colours.tolist()}, indent=1))
 
 
 def load_frozen(folder: pathlib.Path) -> tuple[dict[str, Any], Codec, MaskCode, Context]:
@@ -92,7 +93,10 @@ def load_frozen(folder: pathlib.Path) -> tuple[dict[str, Any], Codec, MaskCode, 
         codec = make_codec(config["codec"], groups["codec"])
         num_classes = DataInfo.from_dict(config["data"]).num_classes
         fitted = {name: jnp.asarray(x) for name, x in groups["code"].items()}
-        code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, fitted)
+        colours = np.array(config.pop("colours"), np.uint8)
+        if colours.shape != (num_classes, 3):
+            raise ValueError(f"{num_classes} classes with {list(colours.shape)} colours")
+        code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, fitted, colours)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

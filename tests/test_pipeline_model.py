@@ -204,6 +204,18 @@ def test_a_broken_config(tmp_path, content, found):
         SemFlow.from_pretrained(tmp_path)
 
 
+def test_a_saved_model_keeps_its_colours(flow, tmp_path):
+    flow.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["colours"] == flow.code.colours.tolist()
+    config["colours"] = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert SemFlow.from_pretrained(tmp_path).code.colours.tolist() == config["colours"]
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"colours": [[1, 2, 3]]}))
+    with pytest.raises(UserError, match=r"found ValueError: 3 classes with \[1, 3\] colours"):
+        SemFlow.from_pretrained(tmp_path)
+
+
 def test_broken_weights(flow, tmp_path):
     flow.save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-100])

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -29,12 +31,12 @@ def make_torch_pair(torch, name):
             return 3 * torch.tanh(x / 3)
 
     class Block(nn.Module):
-        def __init__(self, pool):
+        def __init__(self, n=64, pool=False):
             super().__init__()
-            self.conv = nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 64))
+            self.conv = nn.Sequential(conv(n, n), nn.ReLU(), conv(n, n), nn.ReLU(), conv(n, n))
             if pool:
-                wide = (nn.Conv2d(64, 256, 1, bias=False), nn.GroupNorm(4, 256), nn.ReLU())
-                self.pool = nn.Sequential(*wide, nn.Conv2d(256, 64, 1, bias=False))
+                wide = (nn.Conv2d(n, 4 * n, 1, bias=False), nn.GroupNorm(4, 4 * n), nn.ReLU())
+                self.pool = nn.Sequential(*wide, nn.Conv2d(4 * n, n, 1, bias=False))
 
         def forward(self, x):
             if hasattr(self, "pool"):
@@ -42,15 +44,29 @@ def make_torch_pair(torch, name):
             return torch.relu(self.conv(x) + x)
 
     channels, pool = TINY_VAES[name].latent_channels, name == "taef2"
-    encoder = [conv(3, 64), Block(False)]
-    decoder = [Clamp(), conv(channels, 64), nn.ReLU()]
+    if name == "taesana":
+        stem = [conv(3, 32, stride=2), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU()]
+        widths = [256, 128, 64, 64, 64, 64]
+    else:
+        stem, widths = [conv(3, 64)], [64, 64, 64, 64]
+    encoder = [*stem, Block()]
     for stage in range(3):
-        encoder += [conv(64, 64, stride=2, bias=False)] + [Block(pool and stage == 2) for _ in range(3)]
-        decoder += [Block(pool and stage == 0) for _ in range(3)] + [
-            nn.Upsample(scale_factor=2),
-            conv(64, 64, bias=False),
-        ]
-    return nn.Sequential(*encoder, conv(64, channels)), nn.Sequential(*decoder, Block(False), conv(64, 3))
+        encoder += [conv(64, 64, stride=2, bias=False)] + [Block(pool=pool and stage == 2) for _ in range(3)]
+    decoder = [Clamp(), conv(channels, widths[0]), nn.ReLU()]
+    for stage, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
+        decoder += [Block(n_in, pool and stage == 0) for _ in range(3)]
+        decoder += [nn.Upsample(scale_factor=2), conv(n_in, n_out, bias=False)]
+    return nn.Sequential(*encoder, conv(64, channels)), nn.Sequential(*decoder, Block(), conv(64, 3))
+
+
+def make_calls(torch, encoder, decoder):
+    """The torch pair as `encode` and `decode` of arrays, channels last."""
+
+    def call(network, x):
+        with torch.no_grad():
+            return network(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+    return lambda image: call(encoder, (image + 1) / 2), lambda z: call(decoder, z) * 2 - 1
 
 
 def load_torch_pair(name, path):
@@ -66,12 +82,7 @@ def load_torch_pair(name, path):
         states[half][".".join(rest)] = tensor.float()
     encoder.load_state_dict(states["encoder"])
     decoder.load_state_dict(states["decoder"])
-
-    def call(network, x):
-        with torch.no_grad():
-            return network(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
-
-    return lambda image: call(encoder, (image + 1) / 2), lambda z: call(decoder, z) * 2 - 1
+    return make_calls(torch, encoder, decoder)
 
 
 def relative_rms(x, reference):
@@ -94,10 +105,44 @@ def test_equals_torch_with_the_real_weights(name, shared_dir):
     assert relative_rms(decoded, torch_decode(z)) < 2e-6
 
 
-@pytest.mark.parametrize("size", [(12, 16), (16, 20)])
-def test_encode_wants_multiples_of_8(size):
-    vae = nnx.eval_shape(lambda: TinyVAE(TinyVAEConfig(), rngs=nnx.Rngs(0)))
-    with pytest.raises(UserError, match=f"multiples of 8, found {size[0]} x {size[1]}"):
+def make_random_torch_pair(torch, name):
+    """With weights that keep the signal's size: torch's own let the biases drown it."""
+    torch.manual_seed(0)
+    pair = make_torch_pair(torch, name)
+    for path, x in itertools.chain.from_iterable(network.named_parameters() for network in pair):
+        if path.endswith("weight"):
+            torch.nn.init.kaiming_normal_(x, nonlinearity="relu")
+    return pair
+
+
+def test_taesana_equals_torch_with_random_weights():
+    torch = pytest.importorskip("torch")
+    pair = make_random_torch_pair(torch, "taesana")
+    torch_encode, torch_decode = make_calls(torch, *pair)
+    tensors = {
+        f"{half}.{key}": x.numpy()
+        for half, network in zip(("encoder", "decoder"), pair, strict=True)
+        for key, x in network.state_dict().items()
+    }
+    abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES["taesana"], rngs=nnx.Rngs(0)), "encode", "decode")
+    params = fill(abstract, tensors, keys.TINY_VAE, "tensors")
+
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (2, 64, 96, 3)).astype(np.float32)
+    z = rng.normal(0, 2, (2, 2, 3, 32)).astype(np.float32)
+    encoded, decoded = jax.jit(encode)(params, image), jax.jit(decode)(params, z)
+    assert (encoded.shape, decoded.shape) == (z.shape, image.shape)
+    assert relative_rms(encoded, torch_encode(image)) <= 1e-6
+    assert relative_rms(decoded, torch_decode(z)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "size"),
+    [("taesd", 8, (12, 16)), ("taesd", 8, (16, 20)), ("taesana", 32, (48, 64)), ("taesana", 32, (64, 40))],
+)
+def test_encode_wants_multiples_of_the_factor(name, factor, size):
+    vae = nnx.eval_shape(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match=f"multiples of {factor}, found {size[0]} x {size[1]}"):
         vae.encode(jax.numpy.zeros((1, *size, 3)))
 
 

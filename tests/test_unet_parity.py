@@ -1,6 +1,7 @@
 """models/unet.py against diffusers' UNet2DConditionModel with random weights: outputs, time, gradients, bfloat16."""
 
 import dataclasses
+import functools
 import gc
 import math
 import re
@@ -10,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from semflow_jax.models.build import abstract_unet, make_velocity_fn
+from semflow_jax import solve
+from semflow_jax.codec import make_kl_codec
+from semflow_jax.models.build import abstract_unet, make_fns, make_velocity_fn
 from semflow_jax.models.unet import UNetConfig
+from semflow_jax.models.vae import AutoencoderKL, VAEConfig
 from semflow_jax.weights.keys import axes
 from semflow_jax.weights.load import fill
 
@@ -141,3 +146,44 @@ def test_stable_diffusion_is_diffusers():
     print(f"ours {error:.2e}, torch {rel_rms(theirs, expected):.2e}, peak {peak:.1f} GiB")
     assert error < 3e-6
     assert peak < 14
+
+
+@pytest.mark.slow
+def test_the_official_loop_at_full_size():
+    """SD-1.5's UNet and autoencoder, random: an image to its mask picture and a mask picture to its image, 25 steps."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    steps, size, config, vae_config = 25, (64, 64), UNetConfig(), VAEConfig()
+    unet = make_torch_unet(config).requires_grad_(False)
+    vae = diffusers.AutoencoderKL.from_config(vae_config.to_diffusers()).eval().requires_grad_(False)
+    rng = np.random.default_rng(0)
+    picture = rng.uniform(-1, 1, (1, *size, 3)).astype(np.float32)
+    context = rng.normal(size=(77, 768)).astype(np.float32)
+
+    def official(to_mask: bool) -> tuple[np.ndarray, np.ndarray]:
+        z = vae.encode(torch.from_numpy(picture).movedim(-1, 1)).latent_dist.mode() * vae_config.scaling_factor
+        for i in range(steps):
+            t = i / steps if to_mask else 1 - i / steps
+            v = unet(z, t * 1000, encoder_hidden_states=torch.from_numpy(context)[None]).sample
+            z = z + (v if to_mask else -v) / steps
+        return z.movedim(1, -1).numpy(), vae.decode(z / vae_config.scaling_factor).sample.movedim(1, -1).numpy()
+
+    expected = [official(to_mask) for to_mask in (True, False)]
+    abstract, _ = make_fns(lambda: AutoencoderKL(vae_config, rngs=nnx.Rngs(0)))
+    codec = make_kl_codec(vae_config, fill(abstract, {key: x.numpy() for key, x in vae.state_dict().items()}))
+    params, velocity = to_params(config, unet), make_velocity_fn(config)
+    del unet
+    gc.collect()
+
+    @functools.partial(jax.jit, static_argnames="to_mask")
+    def run(params, codec_params, to_mask):
+        z = codec.encode(codec_params, picture, None)
+        integrate = solve.image_to_mask if to_mask else solve.mask_to_image
+        z = integrate(lambda zt, t: velocity(params, zt, t, context), z, steps)
+        return z, codec.decode(codec_params, z)
+
+    for to_mask, theirs in zip((True, False), expected, strict=True):
+        errors = [rel_rms(*pair) for pair in zip(run(params, codec.params, to_mask), theirs, strict=True)]
+        print(
+            f"to {'mask' if to_mask else 'image'}: latents {errors[0]:.2e}, pixels {errors[1]:.2e} from torch float32"
+        )
+        assert max(errors) < 1e-4
