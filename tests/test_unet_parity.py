@@ -176,9 +176,9 @@ def test_the_official_loop_at_full_size():
 
     @functools.partial(jax.jit, static_argnames="to_mask")
     def run(params, codec_params, to_mask):
-        z = codec.encode(codec_params, picture, None)
+        z = codec.encode(codec_params, jnp.asarray(picture), None)
         integrate = solve.image_to_mask if to_mask else solve.mask_to_image
-        z = integrate(lambda zt, t: velocity(params, zt, t, context), z, steps)
+        z = integrate(lambda zt, t: velocity(params, zt, t, jnp.asarray(context)), z, steps)
         return z, codec.decode(codec_params, z)
 
     for to_mask, theirs in zip((True, False), expected, strict=True):
