@@ -19,10 +19,9 @@ from ml_collections import config_flags
 from semflow_jax import parallel
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.report import write_report
-from semflow_jax.pipeline import CARD, SemFlow, make_card
+from semflow_jax.pipeline import CARD, EXPORT, SemFlow, make_card
 from semflow_jax.train import loop
 from semflow_jax.train.setup import check_unchanged, make_setup
-from semflow_jax.train.start import EXPORT
 from semflow_jax.train.writer import read_metrics
 from semflow_jax.version import __version__
 

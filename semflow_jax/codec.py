@@ -42,7 +42,6 @@ class Codec:
     encode: (params, image [b h w 3] in [-1, 1], key or None) -> z [b h/factor w/factor channels]; a sample with a key,
         where the codec is a distribution.
     decode: (params, z) -> image, about [-1, 1].
-    pool: carries a map of pixels [b h w 1] to the latent grid, as a weight of each place.
     config: what `make_codec` builds it from, beside its tensors.
     """
 
@@ -52,7 +51,6 @@ class Codec:
     params: Params
     encode: Callable[[Params, Array, PRNGKeyArray | None], Array]
     decode: Callable[[Params, Array], Array]
-    pool: Callable[[Array], Array]
     config: dict[str, Any]
 
     def latent_shape(self, size: tuple[int, int], multiple: int = 1) -> tuple[int, int, int]:
@@ -71,6 +69,10 @@ class Codec:
                 f"got {size[0]} x {size[1]}; use {near[0]} x {near[1]} or fewer levels in model.block_out_channels"
             )
         return size[0] // self.factor, size[1] // self.factor, self.channels
+
+    def pool(self, pixels: Float[Array, "b h w 1"]) -> Float[Array, "b hz wz 1"]:
+        """Carries a map of pixels to the latent grid, as a weight of each place."""
+        return to_patches(pixels, self.factor).mean(-1, keepdims=True)
 
 
 def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
@@ -104,7 +106,6 @@ def make_patch_codec(factor: int, params: Params) -> Codec:
         params=params,
         encode=lambda p, image, key: whiten.analyse(p, to_patches(image, factor)) if p else to_patches(image, factor),
         decode=lambda p, z: from_patches(whiten.synthesise(p, z) if p else z, factor),
-        pool=lambda pixels: _pool(pixels, factor),
         config={"name": "patch", "factor": factor},
     )
 
@@ -119,7 +120,6 @@ def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = 
         params=fill(abstract, tensors, table, place, put=jnp.asarray),
         encode=lambda p, image, key: encode(p, image),
         decode=decode,
-        pool=lambda pixels: _pool(pixels, vae.factor),
         config={"name": name},
     )
 
@@ -134,13 +134,8 @@ def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
         params=params,
         encode=encode,
         decode=decode,
-        pool=lambda pixels: _pool(pixels, config.factor),
         config={"name": "kl", "vae": dataclasses.asdict(config)},
     )
-
-
-def _pool(pixels: Float[Array, "b h w 1"], factor: int) -> Float[Array, "b hz wz 1"]:
-    return to_patches(pixels, factor).mean(-1, keepdims=True)
 
 
 def load_codec(c: ConfigDict) -> Codec:

@@ -36,6 +36,7 @@ from semflow_jax.weights.stable_diffusion import find_pretrained, load_context, 
 
 CONFIG, FROZEN, WEIGHTS, CARD = "config.json", "frozen.safetensors", "model.safetensors", "README.md"
 ORBAX = "model.orbax"  # instead of WEIGHTS
+EXPORT = "export"  # folder of a run that holds its model; the weights come last
 FILE_FORMATS = ("safetensors", "orbax")
 Context = Array | None  # [n d]
 
@@ -62,7 +63,7 @@ def find_model(
     Raises:
         UserError: none of these.
     """
-    for folder in (pathlib.Path(path), pathlib.Path(path, "export"), shipped().get(path)):
+    for folder in (pathlib.Path(path), pathlib.Path(path, EXPORT), shipped().get(path)):
         if folder is not None and is_saved(folder):
             return folder
     try:

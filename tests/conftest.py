@@ -22,6 +22,22 @@ def shared_dir() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def flow():
+    """An untrained flow with every kind of array."""
+    from test_pipeline_model import make_tiny_flow
+
+    return make_tiny_flow()
+
+
+@pytest.fixture(scope="session")
+def saved(flow, tmp_path_factory) -> pathlib.Path:
+    """The folder it was saved to, in one that looks like a run's."""
+    folder = tmp_path_factory.mktemp("flow") / "export"
+    flow.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sd(tmp_path_factory):
     """Stable Diffusion 1.5 in small, see `stable_diffusion_folder.py`."""
     import stable_diffusion_folder

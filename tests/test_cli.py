@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_folder import make_folder
-from test_pipeline_model import CLASS_NAMES, SIZE, make_pictures, make_tiny_flow
+from test_pipeline_model import CLASS_NAMES, SIZE, make_pictures
 
 from semflow_jax import cli, palette, parallel
 from semflow_jax.data.records import count_records, load_info
@@ -41,18 +41,6 @@ def fail_in_a_line(capsys, *argv) -> str:
     lines = [line for line in fail(capsys, *argv).splitlines() if line and "%|" not in line]  # without the bars
     assert len(lines) == 1 and lines[0].startswith("semflow: ")
     return lines[0]
-
-
-@pytest.fixture(scope="module")
-def flow():
-    return make_tiny_flow()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(flow, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    flow.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -103,13 +91,13 @@ def test_prepare_and_inspect_avatars(tmp_path, capsys):
         assert np.ptp(np.asarray(sheet)) > 100
 
 
-def test_segment_keeps_sizes_and_writes_class_ids(flow, checkpoint, inputs, capsys):
+def test_segment_keeps_sizes_and_writes_class_ids(flow, saved, inputs, capsys):
     rng = np.random.default_rng(1)
     sizes = {"0": SIZE, "1": SIZE, "2": SIZE, "tall": (31, 9), "wide": (10, 40)}
     for name, size in list(sizes.items())[3:]:
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(inputs / "images" / f"{name}.jpg")
     (inputs / "images" / "notes.txt").write_text("not an image")
-    run("segment", "--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", "--batch-size", 2)
+    run("segment", "--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out", "--batch-size", 2)
     assert sorted(path.name for path in (inputs / "out").iterdir()) == sorted(f"{name}.png" for name in sizes)
     expected = flow.segment(make_pictures()[0])
     for name, size in sizes.items():
@@ -123,12 +111,12 @@ def test_segment_keeps_sizes_and_writes_class_ids(flow, checkpoint, inputs, caps
     assert "5 masks" in out and all(f"{i} {name}\n" in out for i, name in enumerate(CLASS_NAMES))
 
 
-def test_segment_one_file_with_other_settings(flow, checkpoint, inputs):
+def test_segment_one_file_with_other_settings(flow, saved, inputs):
     file = inputs / "images" / "1.png"
     run(
         "segment",
         "--checkpoint",
-        checkpoint,
+        saved,
         "--input",
         file,
         "--out",
@@ -142,12 +130,12 @@ def test_segment_one_file_with_other_settings(flow, checkpoint, inputs):
     np.testing.assert_array_equal(np.asarray(Image.open(inputs / "out" / "1.png")), expected[0, ..., 0])
 
 
-def test_synthesize_draws_samples_of_the_models_size(checkpoint, inputs, capsys):
+def test_synthesize_draws_samples_of_the_models_size(saved, inputs, capsys):
     Image.fromarray(np.zeros((16, 24), np.uint8)).save(inputs / "masks" / "large.png")
 
     def synthesize(name: str, seed: int) -> dict[str, np.ndarray]:
         options = ("--num-samples", 2, "--seed", seed, "--batch-size", 3)
-        run("synthesize", "--checkpoint", checkpoint, "--input", inputs / "masks", "--out", inputs / name, *options)
+        run("synthesize", "--checkpoint", saved, "--input", inputs / "masks", "--out", inputs / name, *options)
         return {path.name: np.asarray(Image.open(path)) for path in (inputs / name).iterdir()}
 
     images = synthesize("out", 0)
@@ -161,19 +149,19 @@ def test_synthesize_draws_samples_of_the_models_size(checkpoint, inputs, capsys)
         assert (other[name] != image).any()
 
 
-def test_a_mask_made_by_segment_is_an_input_of_synthesize(checkpoint, inputs):
-    run("segment", "--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "ids")
-    run("synthesize", "--checkpoint", checkpoint, "--input", inputs / "ids", "--out", inputs / "out")
+def test_a_mask_made_by_segment_is_an_input_of_synthesize(saved, inputs):
+    run("segment", "--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "ids")
+    run("synthesize", "--checkpoint", saved, "--input", inputs / "ids", "--out", inputs / "out")
     assert len(list((inputs / "out").iterdir())) == 3
 
 
-def test_evaluate(checkpoint, tmp_path, capsys):
+def test_evaluate(saved, tmp_path, capsys):
     source = make_folder(tmp_path / "toys", 20, size=SIZE)
     (source / "classes.json").write_text(json.dumps(CLASS_NAMES))
     run("prepare", "folder", "--source", source, "--out", tmp_path / "data", "--size", *SIZE)
     capsys.readouterr()
     options = ("--limit", 2, "--batch-size", 2, "--steps", 1, "--out", tmp_path / "result.json")
-    run("evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data", *options)
+    run("evaluate", "--checkpoint", saved, "--data", tmp_path / "data", *options)
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "result.json").read_text())
     assert printed["sampling"] == {"steps": 1, "solver": "euler"}
@@ -182,12 +170,12 @@ def test_evaluate(checkpoint, tmp_path, capsys):
     assert printed["synthesis"]["diversity"] > 0
 
 
-def test_evaluate_wants_the_models_classes(checkpoint, tmp_path, capsys):
+def test_evaluate_wants_the_models_classes(saved, tmp_path, capsys):
     run(
         "prepare", "folder", "--source", make_folder(tmp_path / "toys", 20), "--out", tmp_path / "data", "--size", 8, 12
     )
     capsys.readouterr()
-    line = fail_in_a_line(capsys, "evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data")
+    line = fail_in_a_line(capsys, "evaluate", "--checkpoint", saved, "--data", tmp_path / "data")
     assert "the model's classes and size" in line
 
 
@@ -198,40 +186,40 @@ def test_evaluate_wants_the_models_classes(checkpoint, tmp_path, capsys):
         (["--input", "/nowhere"], "--input /nowhere: a file, or a folder with"),
     ],
 )
-def test_bad_options_of_segment(checkpoint, inputs, capsys, options, message):
-    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", *options]
+def test_bad_options_of_segment(saved, inputs, capsys, options, message):
+    options = ["--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out", *options]
     assert message in fail_in_a_line(capsys, "segment", *options)
 
 
-def test_solvers_are_known(checkpoint, inputs, capsys):
-    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", "--solver", "magic"]
+def test_solvers_are_known(saved, inputs, capsys):
+    options = ["--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out", "--solver", "magic"]
     assert "argument --solver: invalid choice: 'magic'" in fail(capsys, "segment", *options)
     assert not (inputs / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["segment", "synthesize"])
-def test_an_output_that_can_not_be_written(checkpoint, inputs, capsys, command):
+def test_an_output_that_can_not_be_written(saved, inputs, capsys, command):
     (inputs / "out").write_text("a file")
     kind = {"segment": "images", "synthesize": "masks"}[command]
-    options = ["--checkpoint", checkpoint, "--input", inputs / kind, "--out", inputs / "out"]
+    options = ["--checkpoint", saved, "--input", inputs / kind, "--out", inputs / "out"]
     assert "File exists" in fail_in_a_line(capsys, command, *options)
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-size"])
-def test_numbers_that_count_are_positive(checkpoint, inputs, capsys, option):
-    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out", option, "0"]
+def test_numbers_that_count_are_positive(saved, inputs, capsys, option):
+    options = ["--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out", option, "0"]
     assert f"argument {option}: at least 1, got 0" in fail(capsys, "segment", *options)
 
 
-def test_a_file_that_is_no_image(checkpoint, inputs, capsys):
+def test_a_file_that_is_no_image(saved, inputs, capsys):
     (inputs / "images" / "broken.png").write_bytes(b"not a PNG")
-    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out"]
+    options = ["--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out"]
     assert "broken.png: must be a whole image file" in fail_in_a_line(capsys, "segment", *options)
 
 
-def test_results_must_not_overwrite_each_other(checkpoint, inputs, capsys):
+def test_results_must_not_overwrite_each_other(saved, inputs, capsys):
     (inputs / "images" / "0.jpg").write_bytes((inputs / "images" / "0.png").read_bytes())
-    options = ["--checkpoint", checkpoint, "--input", inputs / "images", "--out", inputs / "out"]
+    options = ["--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "out"]
     assert "names must differ in more than the suffix" in fail_in_a_line(capsys, "segment", *options)
 
 
@@ -242,9 +230,9 @@ def test_results_must_not_overwrite_each_other(checkpoint, inputs, capsys):
         (np.zeros((*SIZE, 3), np.uint8), "must be an 8-bit grey or palette PNG of class ids"),
     ],
 )
-def test_bad_masks(checkpoint, inputs, capsys, mask, message):
+def test_bad_masks(saved, inputs, capsys, mask, message):
     Image.fromarray(mask).save(inputs / "bad.png")
-    options = ["--checkpoint", checkpoint, "--input", inputs / "bad.png", "--out", inputs / "out"]
+    options = ["--checkpoint", saved, "--input", inputs / "bad.png", "--out", inputs / "out"]
     assert message in fail_in_a_line(capsys, "synthesize", *options)
 
 
@@ -256,13 +244,13 @@ def test_bad_options_of_prepare(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_convert_there_and_back(flow, checkpoint, tmp_path, capsys):
-    run("convert", checkpoint, tmp_path / "orbax", "--format", "orbax")
+def test_convert_there_and_back(flow, saved, tmp_path, capsys):
+    run("convert", saved, tmp_path / "orbax", "--format", "orbax")
     assert (tmp_path / "orbax" / "model.orbax").is_dir() and not (tmp_path / "orbax" / "model.safetensors").exists()
     run("convert", tmp_path / "orbax", tmp_path / "back")
-    for path in checkpoint.iterdir():
+    for path in saved.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
-    run("convert", checkpoint, tmp_path / "half", "--dtype", "float16")
+    run("convert", saved, tmp_path / "half", "--dtype", "float16")
     assert load_safetensors(tmp_path / "half" / "model.safetensors")["conv_in.weight"].dtype == np.float16
     lines = capsys.readouterr().out.splitlines()
     digest = parallel.digest(flow.params)
@@ -270,7 +258,7 @@ def test_convert_there_and_back(flow, checkpoint, tmp_path, capsys):
         assert line.endswith(f"parameters in {tmp_path / name}, {kind}; sha256 {digest}")
 
 
-def test_convert_writes_nothing_over_something(checkpoint, tmp_path, capsys):
+def test_convert_writes_nothing_over_something(saved, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder" / "notes.txt", tmp_path / "file"):
         path.write_text("mine")
@@ -279,16 +267,16 @@ def test_convert_writes_nothing_over_something(checkpoint, tmp_path, capsys):
         assert f"{tmp_path / name}: a new or empty folder expected, found something in it" in line
     assert (tmp_path / "folder" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    run("convert", checkpoint, tmp_path / "empty")
+    run("convert", saved, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
 
 
-def test_convert_what_can_not_be(checkpoint, tmp_path, capsys):
+def test_convert_what_can_not_be(saved, tmp_path, capsys):
     for options, message in (
-        ([checkpoint, "--format", "diffusers"], "model.skip: must be false for diffusers"),
-        ([checkpoint, "--unet", "x.pt"], "unet, context and class_names are for Stable Diffusion's weights"),
+        ([saved, "--format", "diffusers"], "model.skip: must be false for diffusers"),
+        ([saved, "--unet", "x.pt"], "unet, context and class_names are for Stable Diffusion's weights"),
         ([tmp_path], "a folder with unet/config.json expected, found none"),
-        ([checkpoint, "--classes", "/nowhere"], "/nowhere: must be a list of names"),
+        ([saved, "--classes", "/nowhere"], "/nowhere: must be a list of names"),
         (["some/one", "--offline"], "checkpoint some/one: a folder, or a repository of the Hugging Face hub"),
     ):
         source, *rest = options

@@ -10,7 +10,7 @@ from huggingface_hub import constants, errors
 
 from semflow_jax.errors import UserError
 from semflow_jax.weights import files
-from semflow_jax.weights.files import download, find_network, load_json, load_network, load_tensors
+from semflow_jax.weights.files import download, find_network, load_all, load_json, load_tensors
 from semflow_jax.weights.load import save_safetensors
 from semflow_jax.weights.stable_diffusion import find_pretrained
 
@@ -79,7 +79,7 @@ def test_shards(tmp_path, variant):
     assert f"missing {shards[1]}; download" in message and shards[0] not in message
     save_safetensors(tmp_path / shards[1], {"second": np.ones(3, np.float16)})
     assert names(tmp_path, variant) == shards
-    found = load_network(tmp_path, variant)
+    found = load_all(find_network(tmp_path, variant))
     assert len(found) == 2 and found["second"].dtype == np.float16
 
 
@@ -134,7 +134,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_repository_that_was_downloaded_before(hub, revision):
     folder = find_pretrained("someone/sd", revision, offline=True)
     assert folder == hub
-    np.testing.assert_array_equal(load_network(folder / "unet")["diffusion_pytorch_model.x"], [3, 3])
+    np.testing.assert_array_equal(load_all(find_network(folder / "unet"))["diffusion_pytorch_model.x"], [3, 3])
 
 
 @pytest.mark.parametrize(

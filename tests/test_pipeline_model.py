@@ -65,18 +65,6 @@ def make_tiny_flow() -> SemFlow:
     return SemFlow(config, make_random_params(unet), codec, code, card="# A card")
 
 
-@pytest.fixture(scope="module")
-def flow() -> SemFlow:
-    return make_tiny_flow()
-
-
-@pytest.fixture(scope="module")
-def saved(flow, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "export"
-    flow.save_pretrained(folder)
-    return folder
-
-
 def test_a_saved_model_is_the_same_bit_by_bit(flow, saved):
     again = SemFlow.from_pretrained(saved)
     assert (again.config, again.info, again.card) == (flow.config, flow.info, flow.card)

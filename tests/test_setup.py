@@ -8,9 +8,7 @@ from test_folder import make_folder
 from configs import base
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
-from semflow_jax.pipeline import save_frozen
-from semflow_jax.train.setup import check_unchanged, make_setup
-from semflow_jax.train.start import EXPORT
+from semflow_jax.train.setup import begin, check_unchanged, make_setup
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +62,6 @@ def test_bad_values(data_dir, tmp_path, key, value, message):
         make_setup(make_config(data_dir, **{key: value}), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "config.json").exists()
-
-
-def begin(setup, workdir):
-    """What `loop.train` writes when a run begins."""
-    save_frozen(workdir / EXPORT, setup.model, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
-    (workdir / "config.json").write_text(setup.config.to_json_best_effort())
 
 
 def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path, monkeypatch):

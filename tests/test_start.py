@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_folder import make_folder
-from test_pipeline_model import CLASS_NAMES, SIZE, make_tiny_flow
+from test_pipeline_model import CLASS_NAMES, SIZE
 
 from configs import base
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
-from semflow_jax.pipeline import SemFlow, save_frozen
+from semflow_jax.pipeline import SemFlow
 from semflow_jax.train import loop
 from semflow_jax.train.optim import make_optimizer
-from semflow_jax.train.setup import make_setup
-from semflow_jax.train.start import EXPORT, find_start
+from semflow_jax.train.setup import begin, make_setup
+from semflow_jax.train.start import find_start
 from semflow_jax.train.step import make_state, make_train_step
 
 
@@ -41,23 +41,11 @@ def large_data_dir(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("large"), (64, 64))
 
 
-@pytest.fixture(scope="module")
-def flow():
-    return make_tiny_flow()
-
-
-@pytest.fixture(scope="module")
-def saved(flow, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start") / "flow"
-    flow.save_pretrained(folder)
-    return str(folder)
-
-
 def make_config(data_dir, init, **changes):
     """A config of few steps; `changes` by dotted key."""
     c = base.get_config()
     with c.unlocked():
-        c.init = init
+        c.init = str(init)
         c.data.dir = data_dir
         c.batch_size = 2
         c.num_steps = 2
@@ -70,12 +58,6 @@ def make_config(data_dir, init, **changes):
         c.eval.limit = 2
         c.update_from_flattened_dict(changes)
     return c
-
-
-def begin(setup, workdir):
-    """What `loop.train` writes when a run begins."""
-    save_frozen(workdir / EXPORT, setup.model, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
-    (workdir / "config.json").write_text(setup.config.to_json_best_effort())
 
 
 def to_json(config):

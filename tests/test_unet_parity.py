@@ -159,7 +159,7 @@ def test_the_official_loop_at_full_size():
     picture = rng.uniform(-1, 1, (1, *size, 3)).astype(np.float32)
     context = rng.normal(size=(77, 768)).astype(np.float32)
 
-    def official(to_mask: bool) -> tuple[np.ndarray, np.ndarray]:
+    def official(unet, to_mask: bool) -> tuple[np.ndarray, np.ndarray]:
         z = vae.encode(torch.from_numpy(picture).movedim(-1, 1)).latent_dist.mode() * vae_config.scaling_factor
         for i in range(steps):
             t = i / steps if to_mask else 1 - i / steps
@@ -167,7 +167,7 @@ def test_the_official_loop_at_full_size():
             z = z + (v if to_mask else -v) / steps
         return z.movedim(1, -1).numpy(), vae.decode(z / vae_config.scaling_factor).sample.movedim(1, -1).numpy()
 
-    expected = [official(to_mask) for to_mask in (True, False)]
+    expected = [official(unet, to_mask) for to_mask in (True, False)]
     abstract, _ = make_fns(lambda: AutoencoderKL(vae_config, rngs=nnx.Rngs(0)))
     codec = make_kl_codec(vae_config, fill(abstract, {key: x.numpy() for key, x in vae.state_dict().items()}))
     params, velocity = to_params(config, unet), make_velocity_fn(config)

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from semflow_jax.errors import UserError
-from semflow_jax.models.layers import LayerNorm, Linear
+from semflow_jax.models.layers import LayerNorm, Linear, Types
 
 BOS_ID, EOS_ID = 49406, 49407
 MAX_LENGTH = 77
@@ -43,7 +43,7 @@ CONFIG_KEYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(Types):
     """Shape of the network; the defaults are SD-1.5's.
 
     Attributes:
@@ -88,9 +88,6 @@ class CLIPTextConfig:
                 "change one of them"
             )
         return c
-
-    def types(self) -> dict[str, Any]:
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
 
 class Embedding(nnx.Module):

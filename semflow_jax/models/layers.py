@@ -5,11 +5,15 @@ order of axes differs from PyTorch's. `param_dtype` stores, `dtype` computes; no
 is.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from semflow_jax.errors import UserError
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -17,6 +21,26 @@ WIDE, SMALL = 2**20, 2**8  # weights per tap, and places of a map
 
 fan_in_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 zeros_init = nnx.initializers.zeros_init()
+
+
+class Types:
+    """What the networks' configs share: the names of the types that compute and store."""
+
+    dtype: str
+    param_dtype: str
+
+    def types(self) -> dict[str, Any]:
+        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
+
+
+def check_size(network: str, image: Float[Array, "b h w c"], factor: int) -> None:
+    """Raises UserError where height or width is no multiple of `factor`."""
+    height, width = image.shape[1:3]
+    if height % factor or width % factor:
+        raise UserError(
+            f"{network}.encode: height and width must be multiples of {factor}, "
+            f"found {height} x {width}: crop or resize the image"
+        )
 
 
 def _convolve(

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from semflow_jax.errors import UserError
-from semflow_jax.models.layers import Conv, GroupNorm, upsample_nearest
+from semflow_jax.models.layers import Conv, GroupNorm, Types, check_size, upsample_nearest
 
 LATENT_BOUND = 3.0  # the decoder squashes latents softly into +-3
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyVAEConfig:
+class TinyVAEConfig(Types):
     """Shape of the network; the defaults are TAESD's.
 
     Attributes:
@@ -48,9 +47,6 @@ class TinyVAEConfig:
     def factor(self) -> int:
         """Pixels a latent covers, per side."""
         return 8 * 2 ** len(self.stem)
-
-    def types(self) -> dict[str, Any]:
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
 
 TINY_VAES = {
@@ -131,12 +127,7 @@ class TinyVAE(nnx.Module):
 
     def encode(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b hz wz c"]:
         """Raises `UserError` where height or width is no multiple of `config.factor`."""
-        (height, width), factor = image.shape[1:3], self.config.factor
-        if height % factor or width % factor:
-            raise UserError(
-                f"TinyVAE.encode: height and width must be multiples of {factor}, "
-                f"found {height} x {width}: crop or resize the image"
-            )
+        check_size("TinyVAE", image, self.config.factor)
         return self.encoder((image + 1) / 2).astype(jnp.float32)
 
     def decode(self, z: Float[Array, "b hz wz c"]) -> Float[Array, "b h w 3"]:

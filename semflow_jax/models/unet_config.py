@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from semflow_jax.errors import UserError
+from semflow_jax.models.layers import Types
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "blocks", "full")
@@ -84,7 +83,7 @@ def _as_list(value: Any, times: int = 1) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Types):
     """Shape of the network; the defaults are SD-1.5's.
 
     Attributes:
@@ -133,9 +132,6 @@ class UNetConfig:
                     f"model.block_out_channels: each must be a multiple of num_groups ({self.num_groups}) and of its "
                     f"num_heads, got {width} with {heads} heads; change one of them"
                 )
-
-    def types(self) -> dict[str, Any]:
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> "UNetConfig":

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from semflow_jax.errors import UserError
 from semflow_jax.models.attention import attention
-from semflow_jax.models.layers import Conv, GroupNorm, Linear, upsample_nearest
+from semflow_jax.models.layers import Conv, GroupNorm, Linear, Types, check_size, upsample_nearest
 
 EPS = 1e-6  # of every group norm
 LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
@@ -23,7 +23,7 @@ IGNORED = ("sample_size", "force_upcast")  # of diffusers' config: they say noth
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Types):
     """Shape of the network; the defaults are SD-1.5's.
 
     Attributes:
@@ -93,9 +93,6 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels a latent covers, per side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-    def types(self) -> dict[str, Any]:
-        return {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
 
 
 def _make_norm(c: VAEConfig, channels: int, rngs: nnx.Rngs) -> GroupNorm:
@@ -224,12 +221,7 @@ class AutoencoderKL(nnx.Module):
 
         Raises `UserError` where height or width is no multiple of `config.factor`.
         """
-        (height, width), factor = image.shape[1:3], self.config.factor
-        if height % factor or width % factor:
-            raise UserError(
-                f"AutoencoderKL.encode: height and width must be multiples of {factor}, "
-                f"found {height} x {width}: crop or resize the image"
-            )
+        check_size("AutoencoderKL", image, self.config.factor)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.exp(jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS) / 2)
 

@@ -1,7 +1,6 @@
 """The run, on one page: build, restore, step, log, evaluate, save, stop when asked."""
 
 import contextlib
-import json
 import logging
 import pathlib
 import signal
@@ -18,11 +17,9 @@ from tqdm import tqdm
 from semflow_jax import parallel
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.models.build import abstract_unet, count_params
-from semflow_jax.pipeline import save_frozen
 from semflow_jax.train.checkpoint import Checkpoints
 from semflow_jax.train.optim import make_optimizer
-from semflow_jax.train.setup import Setup, plain
-from semflow_jax.train.start import EXPORT
+from semflow_jax.train.setup import Setup, begin
 from semflow_jax.train.step import TrainState, make_state, make_train_step
 from semflow_jax.train.writer import Writer
 
@@ -72,9 +69,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         process_count=jax.process_count(),
     )
     # From here on the run has begun: every value has been checked.
-    if main_process and not (workdir / "config.json").exists():
-        save_frozen(workdir / EXPORT, s.model, s.sampler.codec, s.sampler.code, s.sampler.context)
-    (workdir / "config.json").write_text(json.dumps(plain(c), indent=2))
+    begin(s, workdir)
     checkpoints = Checkpoints(workdir)
     shapes = jax.eval_shape(init_fn, None if s.start.drawn else abstract_unet(s.start.unet))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,10 +20,10 @@ from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.mask_code import MaskCode, fit_linear_code, make_mask_code
 from semflow_jax.models.build import Params, make_velocity_fn
-from semflow_jax.pipeline import make_config
+from semflow_jax.pipeline import EXPORT, make_config, save_frozen
 from semflow_jax.sampling import Sampler
 from semflow_jax.train.optim import make_schedule
-from semflow_jax.train.start import EXPORT, Start, find_start, resume_start
+from semflow_jax.train.start import Start, find_start, resume_start
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
 FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
@@ -75,7 +76,15 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     return Setup(c, data_dir, info, mesh, start, sampler, evaluator, make_config(c, unet, codec, code, info))
 
 
-def plain(c: ConfigDict) -> dict[str, Any]:
+def begin(s: Setup, workdir: pathlib.Path) -> None:
+    """Writes what a run goes on with: the frozen parts and the shape of its model, then, once, its config."""
+    path = workdir / "config.json"
+    if jax.process_index() == 0 and not path.exists():
+        save_frozen(workdir / EXPORT, s.model, s.sampler.codec, s.sampler.code, s.sampler.context)
+    path.write_text(json.dumps(_plain(s.config), indent=2))
+
+
+def _plain(c: ConfigDict) -> dict[str, Any]:
     """A config as JSON keeps it."""
     return json.loads(c.to_json_best_effort())
 
@@ -89,7 +98,7 @@ def check_unchanged(c: ConfigDict, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    ours, theirs = plain(c), json.loads(path.read_text())
+    ours, theirs = _plain(c), json.loads(path.read_text())
     changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
     if changed:
         raise UserError(

@@ -16,7 +16,6 @@ from semflow_jax.models.unet_config import UNetConfig
 from semflow_jax.pipeline import SemFlow, check_parts, find_model, is_saved, load_frozen, make_unet_config
 from semflow_jax.weights.stable_diffusion import load_context, load_vae, open_unet
 
-EXPORT = "export"  # folder of a run that holds its model; the weights come last
 FREE = ("remat", "dtype", "param_dtype")  # keys of `model` that count when the network is given
 
 
@@ -56,11 +55,13 @@ def find_start(c: ConfigDict) -> Start:
         return Start(unet, codec, None, None, lambda: init_unet(unet, c.seed), drawn=True)
     path = find_model(c.init)
     if is_saved(path):
-        flow = SemFlow.from_pretrained(path)
-        unet = _given(flow.unet, c.model)
-        dtype = jnp.dtype(unet.param_dtype)
-        make_params = lambda: {name: x.astype(dtype) for name, x in flow.params.items()}  # noqa: E731
-        return Start(unet, flow.codec, flow.code, flow.context, make_params, drawn=False)
+        config, codec, code, context = load_frozen(path)
+        unet = _given(make_unet_config(config), c.model)
+
+        def make_params() -> Params:
+            return {name: x.astype(unet.param_dtype) for name, x in SemFlow.from_pretrained(path).params.items()}
+
+        return Start(unet, codec, code, context, make_params, drawn=False)
     found, read = open_unet(path)
     unet = _given(found, c.model)
     dtype = jnp.dtype(unet.param_dtype)

@@ -67,11 +67,11 @@ def _find_shards(index: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def load_network(folder: pathlib.Path, variant: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of `find_network`."""
+def load_all(paths: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+    """The tensors of several files, such as `find_network` finds."""
     tensors: dict[str, np.ndarray] = {}
-    for file in find_network(folder, variant):
-        tensors |= load_tensors(file)
+    for path in paths:
+        tensors |= load_tensors(path)
     return tensors
 
 

@@ -67,6 +67,14 @@ def _part(path: pathlib.Path, name: str) -> pathlib.Path:
     raise UserError(f"{path}: a folder with {name}/config.json expected, found none; download {name}/ whole")
 
 
+def _read(path: pathlib.Path, name: str, variant: str | None) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+    """config.json and tensors of a network; a file has no config."""
+    if not path.is_dir():
+        return None, files.load_tensors(path)
+    folder = _part(path, name)
+    return files.load_json(folder / "config.json"), files.load_all(files.find_network(folder, variant))
+
+
 def _is_ldm(tensors: Mapping[str, np.ndarray]) -> bool:
     return any(key.startswith("model.diffusion_model.") for key in tensors)
 
@@ -100,14 +108,11 @@ def open_unet(
     Raises:
         UserError: not there, broken, or not such a network; the function, where names or shapes don't match.
     """
-    if path.is_dir():
-        folder = _part(path, UNET)
-        config, table = UNetConfig.from_diffusers(files.load_json(folder / "config.json")), keys.UNET
-        tensors = files.load_network(folder, variant)
+    found, tensors = _read(path, UNET, variant)
+    if found is not None:
+        config, table = UNetConfig.from_diffusers(found), keys.UNET
     else:
-        tensors = files.load_tensors(path)
-        table = keys.LDM_UNET if _is_ldm(tensors) else keys.UNET
-        config = config or _guess_unet(tensors, path)
+        config, table = config or _guess_unet(tensors, path), keys.LDM_UNET if _is_ldm(tensors) else keys.UNET
     abstract = abstract_unet(config)
     return config, lambda put: fill(abstract, tensors, table, str(path), put)
 
@@ -125,12 +130,10 @@ def load_unet(path: pathlib.Path, unet: pathlib.Path | None = None, put: Put = n
 
 def load_vae(path: pathlib.Path, variant: str | None = None, put: Put = np.asarray) -> tuple[VAEConfig, Params]:
     """The autoencoder's config and weights, from a folder of diffusers or its `vae`, or one file of everything."""
-    if path.is_dir():
-        folder = _part(path, VAE)
-        config, table = VAEConfig.from_diffusers(files.load_json(folder / "config.json")), keys.VAE
-        tensors = files.load_network(folder, variant)
+    found, tensors = _read(path, VAE, variant)
+    if found is not None:
+        config, table = VAEConfig.from_diffusers(found), keys.VAE
     else:
-        tensors = files.load_tensors(path)
         config, table = VAEConfig(), (*keys.LDM_VAE, *keys.VAE)  # the first leaves diffusers' names as they are
     abstract, _ = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
     return config, fill(abstract, tensors, table, str(path), put)
@@ -150,11 +153,8 @@ def load_context(path: pathlib.Path, variant: str | None = None) -> Float[np.nda
     cached = cache_dir() / "contexts" / f"{name}.npy"
     if cached.is_file():
         return np.load(cached)
-    tensors: dict[str, np.ndarray] = {}
-    for file in sources:
-        tensors |= files.load_tensors(file)
     abstract, (encode,) = make_fns(lambda: CLIPText(config, rngs=nnx.Rngs(0)), "__call__")
-    params = fill(abstract, tensors, table, str(path))
+    params = fill(abstract, files.load_all(sources), table, str(path))
     context = np.asarray(jax.jit(encode)(params, empty_prompt_ids(pad_id))[0])
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f".{name}.{os.getpid()}.npy")
