@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "dicebear-core>=10.7,<11",
     "dicebear-styles>=10.6,<11",
     "diffrax>=0.7.2",
+    "filelock>=3.16",
     # Python 3.11 ends at jax 0.10, later ones take jax 0.12, which flax before 0.12.12 cannot import.
     "flax>=0.12.8; python_version < '3.12'",
     "flax>=0.12.12; python_version >= '3.12'",

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.data.source = config_dict.placeholder(str)  # raw files, for folder and camvid
     c.data.dir = config_dict.placeholder(str)  # the prepared set; by default in $SEMFLOW_CACHE, made when missing
     c.data.size = (256, 256)  # height, width
+    c.data.fit = "stretch"  # stretch | crop | cover: how an image of another shape comes to that size
     c.data.num_train = config_dict.placeholder(int)  # None: all there are
     c.data.num_val = config_dict.placeholder(int)
     c.data.seed = 0

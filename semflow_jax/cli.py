@@ -14,16 +14,17 @@ from tqdm import tqdm
 
 from semflow_jax import parallel
 from semflow_jax.data import prepare as data
-from semflow_jax.data.folder import load_classes, read_image, read_label
+from semflow_jax.data.examples import FITS
+from semflow_jax.data.images import IMAGE_SUFFIXES, read_image, read_label
+from semflow_jax.data.inspect import inspect as inspect_data
 from semflow_jax.data.records import load_info
+from semflow_jax.data.sources.folder import load_classes
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.models.build import count_params
 from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.pipeline import SemFlow, shipped
 from semflow_jax.solve import SOLVERS
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def find_inputs(path: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
@@ -65,7 +66,7 @@ def _stack(pictures: list[np.ndarray], size: int) -> np.ndarray:
 
 def segment(args: argparse.Namespace) -> None:
     flow = SemFlow.from_pretrained(args.checkpoint)
-    files = find_inputs(args.input, IMAGES)
+    files = find_inputs(args.input, IMAGE_SUFFIXES)
     size = min(args.batch_size, len(files))
     height, width = flow.info.size
     args.out.mkdir(parents=True, exist_ok=True)
@@ -147,11 +148,12 @@ def convert(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> None:
     size = None if args.size is None else tuple(args.size) if len(args.size) == 2 else args.size[0]
     counts = {"num_train": args.num_train, "num_val": args.num_val, "seed": args.seed}
-    data.prepare(args.name, args.out, source=args.source, size=size, **counts)
+    work = {"max_skipped": 0.0 if args.strict else args.max_skipped, "num_workers": args.num_workers}
+    data.prepare(args.name, args.out, source=args.source, size=size, fit=args.fit, **counts, **work)
 
 
 def inspect(args: argparse.Namespace) -> None:
-    data.inspect(args.data, args.sheet)
+    inspect_data(args.data, args.sheet, args.verify)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -168,17 +170,23 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--solver", choices=SOLVERS, help="default: the model's")
 
     c = add(prepare, "make a prepared data set")
-    c.add_argument("name", choices=sorted(data.DEFAULTS))
-    c.add_argument("--source", type=pathlib.Path, help="raw files (folder, camvid)")
+    c.add_argument("name", choices=sorted(data.FIND))
+    c.add_argument("--source", type=pathlib.Path, help="folder of the raw files, as they are downloaded")
     c.add_argument("--out", type=pathlib.Path, required=True)
     c.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, or the side of a square")
+    fits = "stretch it, crop its middle, or keep all of it, so that training crops at random"
+    c.add_argument("--fit", choices=FITS, default="stretch", help=f"an image of another shape: {fits}")
     c.add_argument("--num-train", type=positive)
     c.add_argument("--num-val", type=positive)
     c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--num-workers", type=positive, help="processes; default: one for every core")
+    c.add_argument("--max-skipped", type=float, default=data.MAX_SKIPPED, help="share of bad files that is left out")
+    c.add_argument("--strict", action="store_true", help="the same as --max-skipped 0")
 
     c = add(inspect, "print what a prepared data set holds")
     c.add_argument("data", type=pathlib.Path)
     c.add_argument("--sheet", type=pathlib.Path, help="write a contact sheet, a PNG")
+    c.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
     checkpoint = f"folder of a model or of a run, or a shipped model: {', '.join(shipped())}"
     for function, text, what in (

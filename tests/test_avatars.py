@@ -1,13 +1,13 @@
 import importlib.resources
-import io
 import json
 
 import numpy as np
 import pytest
 from dicebear import Avatar
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
-from semflow_jax.data import avatars
+from semflow_jax.data.source import SPLITS
+from semflow_jax.data.sources import avatars
 from semflow_jax.errors import UserError
 
 SIZE = 64
@@ -85,23 +85,20 @@ def test_majority_takes_the_most_frequent_class_of_a_block():
 
 
 def test_seeds_of_splits_and_runs_are_disjoint():
-    seeds = [avatars.make_seed(split, seed, i) for split in avatars.SPLITS for seed in range(5) for i in range(100)]
+    seeds = [avatars.make_seed(split, seed, i) for split in SPLITS for seed in range(5) for i in range(100)]
     assert len(set(seeds)) == len(seeds)
     with pytest.raises(UserError, match="split"):
         avatars.make_seed("training", 0, 0)
 
 
-def test_examples_are_renders_in_order():
-    records = list(avatars.examples("val", 5, 32, seed=3, num_workers=1))
-    assert [record["id"] for record in records] == [f"val-{i:06d}" for i in range(5)]
+def test_items_are_renders_in_order():
+    source = avatars.find({"size": [32, 32], "num_train": 2, "num_val": 5, "seed": 3})
+    assert {split: len(items) for split, items in source.splits.items()} == {"train": 2, "val": 5, "test": 5}
+    assert [item.name for item in source.splits["val"]] == [f"val-{i:06d}" for i in range(5)]
     image, label = avatars.render(avatars.make_seed("val", 3, 4), 32)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(records[4]["image"]))), image)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(records[4]["label"]))), label)
-
-
-def test_examples_do_not_depend_on_the_number_of_workers():
-    alone = list(avatars.examples("train", 20, 32, num_workers=1))
-    assert list(avatars.examples("train", 20, 32, num_workers=2)) == alone
+    picture, ids = source.read(source.splits["val"][4])
+    np.testing.assert_array_equal(np.asarray(picture), image)
+    np.testing.assert_array_equal(ids, label)
 
 
 def test_licence_is_the_styles_own():

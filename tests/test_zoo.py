@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from semflow_jax.data import avatars
+from semflow_jax.data.sources import avatars
 from semflow_jax.evaluate import segmentation
 from semflow_jax.pipeline import SemFlow, shipped
 

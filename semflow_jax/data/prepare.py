@@ -1,29 +1,49 @@
-"""`semflow prepare` and `semflow inspect`: sources by name -> a prepared folder, and what is in one."""
+"""`semflow prepare`: a raw data set by name -> a prepared folder, checked first, in parallel, and where it was stopped.
 
+    find (names and files) -> check (every item is read) -> write (shards) -> metadata
+
+Until the last step everything is in OUT.partial, which a later call goes on from.
+"""
+
+import contextlib
+import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import filelock
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw
 
-from semflow_jax.data import avatars
-from semflow_jax.data.builders import Examples, check_free, write_records
-from semflow_jax.data.folder import find_flip_pairs, load_folder
+from semflow_jax.data.builders import SUFFIX, check_free, require_examples, write_metadata
+from semflow_jax.data.chunks import Chunks
+from semflow_jax.data.examples import FITS, check_items, write_items
 from semflow_jax.data.info import VOID, DataInfo, cache_dir
-from semflow_jax.data.records import Records, count_pixels, count_records, load_info, open_records, spread_indices
+from semflow_jax.data.records import load_info
+from semflow_jax.data.source import Source, shuffled
+from semflow_jax.data.sources import avatars, folder
 from semflow_jax.errors import UserError
 
+FIND: dict[str, Callable[[dict[str, Any]], Source]] = {
+    "avatars": avatars.find,
+    "camvid": folder.find,
+    "folder": folder.find,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "avatars": {"size": 64, "num_train": 8000, "num_val": 500},
-    "camvid": {"size": (96, 128), "num_train": None, "num_val": None},
-    "folder": {"size": 256, "num_train": None, "num_val": None},
+    "camvid": {"size": (96, 128)},
+    "folder": {"size": 256},
 }
-NUM_INSPECTED = 1000  # examples of a split whose pixels are counted
-SHEET_ROWS, SHEET_COLUMNS, SHEET_TILE = 6, 3, 128  # pairs down, pairs across, pixels a tile is at least high
+CHECKED_AT_ONCE = 64  # items of a chunk
+EXAMPLES_PER_SHARD = 512
+MAX_SKIPPED = 0.01  # share of the items
+SKIPPED = "skipped.json"  # what was left out and why, beside the shards
 
 
 def prepare(
@@ -32,38 +52,52 @@ def prepare(
     *,
     source: str | os.PathLike | None = None,
     size: int | tuple[int, int] | None = None,
+    fit: str = "stretch",
     num_train: int | None = None,
     num_val: int | None = None,
     seed: int = 0,
+    max_skipped: float = MAX_SKIPPED,
+    num_workers: int | None = None,
     progress: bool = True,
 ) -> DataInfo:
     """Make `out_dir` from a source, unless the same arguments already made it.
 
     Args:
-        name: avatars (drawn), camvid, or folder (yours, see `semflow_jax.data.folder`).
+        name: one of `FIND`; `folder` is for files of your own, see `sources/folder.py`.
         source: folder of files; camvid looks in $SEMFLOW_SHARED/data/camvid, avatars need none.
         size: (height, width), or the side of a square; None is the source's own.
+        fit: how images come to that size: stretch | crop | cover, see `examples.fit_pair`.
         num_train: examples of train, and `num_val` of val and of test; None is the source's own, at most all.
         seed: of the avatars, or of the choice and the split of files.
+        max_skipped: share of the items that may be left out for a file that is not as it should be.
+        num_workers: processes; None is one for every core.
 
     Returns:
         What the folder says about itself.
 
     Raises:
-        UserError: an unknown name, a bad source, or an `out_dir` made with other arguments.
+        UserError: an unknown name, a bad source, too many bad files, or an `out_dir` made with other arguments.
     """
-    if name not in DEFAULTS:
-        raise UserError(f"name: must be one of {', '.join(DEFAULTS)}, got {name!r}; use folder for your own files")
-    recipe = _make_recipe(name, source, size, num_train, num_val, seed)
-    if os.path.exists(os.path.join(out_dir, "metadata.json")):
-        info = load_info(out_dir)
-        _check_current(out_dir, info, recipe)
-        print(f"{out_dir}: already prepared with these arguments, nothing to do (delete it to start over)")
-        return info
+    if name not in FIND:
+        raise UserError(f"name: must be one of {', '.join(FIND)}, got {name!r}; use folder for your own files")
+    if fit not in FITS:
+        raise UserError(f"fit: must be one of {', '.join(FITS)}, got {fit!r}; choose one of them")
+    if not 0 <= max_skipped < 1:
+        raise UserError(f"max_skipped: must be a share in [0, 1), got {max_skipped}; 0.01 is usual")
+    recipe = _make_recipe(name, source, size, num_train, num_val, seed) | {"fit": fit}
+    out_dir = pathlib.Path(out_dir).resolve()
+    if (found := _find_current(out_dir, recipe)) is not None:
+        return found
     check_free(out_dir)
-    info, splits = _open_avatars(recipe) if name == "avatars" else _open_files(recipe, progress)
-    write_records(out_dir, info, splits, progress)
-    return info
+    raw = _select(FIND[name](_require_source(recipe)), recipe)
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    with _alone(partial):
+        if (found := _find_current(out_dir, recipe)) is not None:  # by another process, while this one waited
+            return found
+        with Chunks(partial, num_workers or os.cpu_count() or 1, progress) as chunks:
+            checked, used, problems = (raw, None, []) if raw.drawn else _check(raw, chunks, max_skipped)
+            info = _make_info(checked, used, recipe, len(problems))
+            return _write(checked, info, problems, chunks, out_dir)
 
 
 def ensure(c: ConfigDict) -> str:
@@ -75,35 +109,107 @@ def ensure(c: ConfigDict) -> str:
     size = "x".join(str(n) for n in c.size)
     source = None if c.source is None else os.path.expandvars(c.source)
     place = hashlib.sha256(str(pathlib.Path(source).resolve()).encode()).hexdigest()[:8] if source else "built_in"
-    name = f"{c.name}-{size}-{c.num_train or 'all'}-{c.num_val or 'all'}-{c.seed}-{place}"
+    fit = "" if c.fit == "stretch" else f"-{c.fit}"
+    name = f"{c.name}-{size}{fit}-{c.num_train or 'all'}-{c.num_val or 'all'}-{c.seed}-{place}"
     out_dir = c.dir or str(cache_dir() / "data" / name)
     if c.dir and os.path.exists(os.path.join(c.dir, "metadata.json")):
         return c.dir  # prepared by hand: its own facts count
-    prepare(c.name, out_dir, source=source, size=tuple(c.size), num_train=c.num_train, num_val=c.num_val, seed=c.seed)
+    options = {"num_train": c.num_train, "num_val": c.num_val, "seed": c.seed, "fit": c.fit}
+    prepare(c.name, out_dir, source=source, size=tuple(c.size), **options)
     return out_dir
 
 
-def inspect(data_dir: str | os.PathLike, sheet: str | os.PathLike | None = None) -> None:
-    """Print what a prepared folder holds; draw images beside their labels into the PNG file `sheet`."""
-    info, lengths = load_info(data_dir), count_records(data_dir)
-    records = {split: open_records(data_dir, split) for split in lengths}
-    print(f"{data_dir}: {info.name}, {info.size[0]} x {info.size[1]}, {info.num_classes} classes")
-    for key, value in (("licence", info.license), ("credit", info.attribution)):
-        if value:
-            print(f"{key}: {value}")
-    print("examples: " + ", ".join(f"{split} {num}" for split, num in lengths.items()))
-    counts = {split: count_pixels(source, 256, NUM_INSPECTED) for split, source in records.items()}
-    shares = {split: pixels / pixels.sum() for split, pixels in counts.items()}
-    width = max(len(name) for name in (*info.class_names, "void"))
-    print(f"share of the pixels, %, in up to {NUM_INSPECTED} examples of a split")
-    print(f"{'id':>3}  {'class':{width}}" + "".join(f"{split:>8}" for split in shares))
-    for i, name in (*enumerate(info.class_names), (VOID, "void")):
-        print(f"{i:3}  {name:{width}}" + "".join(f"{100 * share[i]:8.2f}" for share in shares.values()))
-    for left, right in info.flip_pairs:
-        print(f"a flip swaps {info.class_names[left]} and {info.class_names[right]}")
-    if sheet is not None:
-        _draw_sheet(info, next(iter(records.values()))).save(sheet)
-        print(f"contact sheet: {sheet}")
+def _check(raw: Source, chunks: Chunks, max_skipped: float) -> tuple[Source, list[int], list[list[str]]]:
+    """The source without what is wrong with it, pixels by class id, and the problems: names and reasons."""
+    items = [item for split in raw.splits.values() for item in split]
+    found = chunks.map(functools.partial(check_items, read=raw.read), items, CHECKED_AT_ONCE, _key(raw), "check")
+    problems = [problem for result, _ in found for problem in result["problems"]]
+    if len(problems) > max_skipped * len(items):
+        listing = chunks.workdir / "problems.json"
+        listing.write_text(json.dumps(dict(problems), indent=1))
+        others = f" ({len(problems) - 1} more files have problems, see {listing})" if len(problems) > 1 else ""
+        raise UserError(problems[0][1] + others)
+    bad = {name for name, _ in problems}
+    splits = {split: [item for item in items if item.name not in bad] for split, items in raw.splits.items()}
+    return dataclasses.replace(raw, splits=splits), np.sum([r["pixels"] for r, _ in found], axis=0).tolist(), problems
+
+
+def _write(raw: Source, info: DataInfo, problems: list[list[str]], chunks: Chunks, out_dir: pathlib.Path) -> DataInfo:
+    require_examples({split: len(items) for split, items in raw.splits.items()})
+    write = functools.partial(write_items, read=raw.read, info=info)
+    key = f"{_key(raw)} {info.size} {info.fit}"
+    shards, pixels = {}, {}
+    for split, items in raw.splits.items():
+        shards[split] = chunks.map(write, items, EXAMPLES_PER_SHARD, key, f"write {split}", SUFFIX)
+        counts = np.sum([result["pixels"] for result, _ in shards[split]], axis=0)
+        pixels[split] = [*counts[: info.num_classes].tolist(), int(counts[VOID])]
+    whole = chunks.workdir / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    info = write_metadata(whole, info.replace(pixels=pixels), shards)
+    if problems:
+        (whole / SKIPPED).write_text(json.dumps(dict(problems), indent=1))
+        print(f"skipped {len(problems)} items, see {out_dir / SKIPPED}; the first: {problems[0][1]}")
+    whole.rename(out_dir)
+    shutil.rmtree(chunks.workdir)
+    return info
+
+
+def _key(raw: Source) -> str:
+    """What the results depend on besides the items: the reader, with its tables of ids."""
+    return hashlib.sha256(pickle.dumps(raw.read)).hexdigest()
+
+
+def _select(raw: Source, recipe: dict[str, Any]) -> Source:
+    """At most `num_train` items of train and `num_val` of the others, in their order."""
+    limits = {"train": recipe["num_train"], "val": recipe["num_val"], "test": recipe["num_val"]}
+    splits = {}
+    for split, items in raw.splits.items():
+        chosen = set(shuffled([item.name for item in items], recipe["seed"])[: limits[split]])
+        splits[split] = [item for item in items if item.name in chosen]
+    return dataclasses.replace(raw, splits=splits)
+
+
+def _make_info(raw: Source, used: list[int] | None, recipe: dict[str, Any], skipped: int) -> DataInfo:
+    class_names = raw.class_names
+    if class_names is None:
+        num_classes = max((i for i, num in enumerate((used or [])[:VOID]) if num), default=-1) + 1
+        class_names = tuple(f"class_{i}" for i in range(num_classes))
+    if len(class_names) < 2:
+        found = f"{len(class_names)} besides void (255)"
+        rule = "must have at least 2 classes"
+        raise UserError(f"{recipe['source']}: {rule}, found {found}; store a binary mask as 0 and 1")
+    return DataInfo(
+        name=raw.name,
+        class_names=class_names,
+        size=tuple(recipe["size"]),
+        flip_pairs=raw.flip_pairs,
+        colours=raw.colours,
+        license=raw.license,
+        attribution=raw.attribution,
+        fit=recipe["fit"],
+        skipped=skipped,
+        recipe=recipe,
+    )
+
+
+@contextlib.contextmanager
+def _alone(partial: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes out while this one works in it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(partial / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{partial}: another process is at it, waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (partial / "lock").unlink(missing_ok=True)
+            partial.rmdir()  # where nothing was done in it
 
 
 def _make_recipe(
@@ -124,8 +230,8 @@ def _make_recipe(
         "name": name,
         "source": _find_source(name, source),
         "size": [height, width],
-        "num_train": DEFAULTS[name]["num_train"] if num_train is None else num_train,
-        "num_val": DEFAULTS[name]["num_val"] if num_val is None else num_val,
+        "num_train": DEFAULTS[name].get("num_train") if num_train is None else num_train,
+        "num_val": DEFAULTS[name].get("num_val") if num_val is None else num_val,
         "seed": seed,
     }
     for key, value in (("height", height), ("width", width), *((key, recipe[key]) for key in ("num_train", "num_val"))):
@@ -142,77 +248,26 @@ def _find_source(name: str, source: str | os.PathLike | None) -> str | None:
     return None if source is None else str(pathlib.Path(source).resolve())
 
 
-def _check_current(out_dir: str | os.PathLike, info: DataInfo, recipe: dict[str, Any]) -> None:
+def _require_source(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe, where the folder that it needs is there."""
+    name, source = recipe["name"], recipe["source"]
+    if name != "avatars" and (source is None or not os.path.isdir(source)):
+        found = f"no folder {source}" if source else "none given"
+        raise UserError(f"source: {name} needs the folder of its files, found {found}; pass --source DIR")
+    return recipe
+
+
+def _find_current(out_dir: pathlib.Path, recipe: dict[str, Any]) -> DataInfo | None:
+    """The facts of `out_dir`, where these arguments made it; None where nothing was made."""
+    if not (out_dir / "metadata.json").exists():
+        return None
+    info = load_info(out_dir)
+    made = {"fit": info.fit} | info.recipe
     # Where no source is named, any is right: a prepared folder outlives its files, and travels without them.
     wanted = {key: value for key, value in recipe.items() if not (key == "source" and value is None)}
-    found = [
-        f"{key} {info.recipe.get(key)}, not {value}" for key, value in wanted.items() if info.recipe.get(key) != value
-    ]
+    found = [f"{key} {made.get(key)}, not {value}" for key, value in wanted.items() if made.get(key) != value]
     if found:
         rule = "must have been made with the arguments given now"
         raise UserError(f"{out_dir}: {rule}, found {'; '.join(found)}; use another --out or delete it")
-
-
-def _open_avatars(recipe: dict[str, Any]) -> tuple[DataInfo, dict[str, Examples]]:
-    (height, width), seed = recipe["size"], recipe["seed"]
-    if height != width:
-        raise UserError(f"size: avatars are square, got {height} x {width}; pass one number")
-    splits = {}
-    for split, num in (("train", recipe["num_train"]), ("val", recipe["num_val"]), ("test", recipe["num_val"])):
-        splits[split] = Examples(num, functools.partial(avatars.examples, split, num, height, seed))
-    info = DataInfo(
-        name="avatars",
-        class_names=avatars.CLASS_NAMES,
-        size=(height, width),
-        flip_pairs=find_flip_pairs(avatars.CLASS_NAMES),
-        license=avatars.LICENSE,
-        attribution=avatars.ATTRIBUTION,
-        recipe=recipe,
-    )
-    return info, splits
-
-
-def _open_files(recipe: dict[str, Any], progress: bool) -> tuple[DataInfo, dict[str, Examples]]:
-    if recipe["source"] is None or not os.path.isdir(recipe["source"]):
-        found = f"no folder {recipe['source']}" if recipe["source"] else "none given"
-        rule = f"{recipe['name']} needs a folder with images/ and labels/"
-        raise UserError(f"source: {rule}, found {found}; pass --source DIR")
-    source, size = pathlib.Path(recipe["source"]), (recipe["size"][0], recipe["size"][1])
-    limits = {key: recipe[key] for key in ("num_train", "num_val", "seed")}
-    class_names, splits = load_folder(source, size, progress=progress, **limits)
-    origin = source / "ORIGIN.txt"
-    lines = origin.read_text().splitlines() if origin.is_file() else []
-    info = DataInfo(
-        name="camvid" if recipe["name"] == "camvid" else source.name,
-        class_names=class_names,
-        size=size,
-        flip_pairs=find_flip_pairs(class_names),
-        license=next((line for line in lines if "licen" in line.lower()), ""),
-        attribution=next((line for line in lines if line.startswith("Source")), ""),
-        recipe=recipe,
-    )
-    return info, splits
-
-
-def _draw_sheet(info: DataInfo, records: Records) -> Image.Image:
-    """Pairs of image and coloured label in rows, and the names of the colours on the right."""
-    from semflow_jax.palette import VOID_COLOUR, make_palette  # brings jax, which no worker needs
-
-    colours = np.full((256, 3), VOID_COLOUR, np.uint8)
-    colours[: info.num_classes] = make_palette("spread", info.num_classes)
-    height, width = (side * -(-SHEET_TILE // info.size[0]) for side in info.size)
-    legend = 14 * (info.num_classes + 2)
-    chosen = spread_indices(len(records), SHEET_ROWS * SHEET_COLUMNS)
-    num_rows = -(-len(chosen) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (2 * SHEET_COLUMNS * width + 160, max(num_rows * height, legend)), "white")
-    for place, i in enumerate(chosen):
-        row, column = divmod(place, SHEET_COLUMNS)
-        for side, picture in enumerate((records[i]["image"], colours[records[i]["label"][..., 0]])):
-            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, ((2 * column + side) * width, row * height))
-    draw = ImageDraw.Draw(sheet)
-    for line, (i, name) in enumerate((*enumerate(info.class_names), (VOID, "void"))):
-        left, top = 2 * SHEET_COLUMNS * width + 10, 14 * line + 7
-        draw.rectangle((left, top, left + 10, top + 10), tuple(colours[i].tolist()), "black")
-        draw.text((left + 16, top), f"{i} {name}", "black")
-    return sheet
+    print(f"{out_dir}: already prepared with these arguments, nothing to do (delete it to start over)")
+    return info

@@ -9,10 +9,7 @@ import functools
 import importlib.resources
 import io
 import json
-import multiprocessing
-import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from dicebear import Avatar, Style
 from jaxtyping import UInt8
 from PIL import Image
 
+from semflow_jax.data.source import SPLITS, Item, Pair, Source, find_flip_pairs
 from semflow_jax.errors import UserError
 
 STYLE = "avataaars"
@@ -41,7 +39,6 @@ CLASS_NAMES = (
     "facial_hair",
     "cloth",
 )
-SPLITS = ("train", "val", "test")
 
 COMPONENT_CLASS = {
     "clothes": "cloth",
@@ -79,7 +76,6 @@ SHADE_OPACITY = 0.3
 SHADE_IS_SHAPE = ("nose", "shavedSides")
 
 CROP = 224  # of the style's 280 units, from the middle of the upper edge: the face fills more of a small image
-WORTH_WORKERS = 300  # examples that are drawn while worker processes start
 OVERSAMPLING = 3  # label samples per pixel, along each axis
 
 
@@ -100,27 +96,34 @@ def render(seed: int, size: int) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.n
     return image, _majority(fine, OVERSAMPLING)
 
 
-def examples(
-    split: str, num: int, size: int, seed: int = 0, num_workers: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield `num` records {"image": PNG bytes, "label": PNG bytes, "id": str} in order.
+def find(recipe: dict[str, Any]) -> Source:
+    """The avatars of each split; they depend on (split, index, size, seed) only.
 
-    The records depend on (split, size, seed) only; `num_workers` processes (default: one per core, none for few) help.
+    Raises:
+        UserError: a size that is not square.
     """
-    jobs = [(f"{split}-{i:06d}", make_seed(split, seed, i), size) for i in range(num)]
-    if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if num >= WORTH_WORKERS else 1
-    if num_workers == 1:
-        yield from map(_example, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        yield from pool.imap(_example, jobs, chunksize=16)
+    (height, width), seed = recipe["size"], recipe["seed"]
+    if height != width:
+        raise UserError(f"size: avatars are square, got {height} x {width}; pass one number")
+    nums = {"train": recipe["num_train"], "val": recipe["num_val"], "test": recipe["num_val"]}
+    return Source(
+        name="avatars",
+        class_names=CLASS_NAMES,
+        splits={
+            split: [Item(f"{split}-{i:06d}", detail=(make_seed(split, seed, i), height)) for i in range(num)]
+            for split, num in nums.items()
+        },
+        read=_draw,
+        flip_pairs=find_flip_pairs(CLASS_NAMES),
+        license=LICENSE,
+        attribution=ATTRIBUTION,
+        drawn=True,
+    )
 
 
-def _example(job: tuple[str, int, int]) -> dict[str, Any]:
-    name, seed, size = job
-    image, label = render(seed, size)
-    return {"image": _png(image), "label": _png(label), "id": name}
+def _draw(item: Item) -> Pair:
+    image, label = render(*item.detail)
+    return Image.fromarray(image), label
 
 
 @functools.cache
@@ -192,9 +195,3 @@ def _majority(fine: UInt8[np.ndarray, "S S"], factor: int) -> UInt8[np.ndarray, 
     block = np.arange(len(fine)) // factor
     votes = np.bincount(((block[:, None] * size + block) * num_classes + fine).ravel(), minlength=size**2 * num_classes)
     return votes.reshape(size, size, num_classes).argmax(axis=-1).astype(np.uint8)
-
-
-def _png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "png")
-    return buffer.getvalue()
