@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -222,6 +223,10 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch):
     assert not examples[changed]["label"].any()
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.mark.slow
 def test_a_killed_preparation_goes_on(tmp_path):
     """SIGKILL at any time leaves no data set, and the next call one that is whole."""
@@ -232,13 +237,16 @@ def test_a_killed_preparation_goes_on(tmp_path):
     deadline = time.monotonic() + 120
     while len(list(partial.glob("*.json"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(pathlib.Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) >= 2 and time.monotonic() < deadline  # they end with their parent
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("*.array_record")}
     assert kept and not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    begun = int(re.search(r"write train: .*?(\d+)/1600", done.stderr)[1])  # workers may have finished what they held
-    assert begun >= 512 * len(kept)
+    assert int(re.search(r"write train: .*?(\d+)/1600", done.stderr)[1]) == 512 * len(kept)  # where the bar begins
     inspect(tmp_path / "out", verify=True)
     ids = [example["id"] for example in open_records(tmp_path / "out", "train")]
     assert ids == [f"train-{i:06d}" for i in range(1600)]

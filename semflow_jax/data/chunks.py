@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class Chunks:
         if self._pool is None:
             # A fork would copy the locks of this process's threads as they happen to stand.
             spawn = multiprocessing.get_context("spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(self.num_workers, spawn, _leave_signals_to_parent)
+            self._pool = concurrent.futures.ProcessPoolExecutor(self.num_workers, spawn, _follow_parent)
         waiting: set[concurrent.futures.Future[int]] = set()
         tasks = iter(todo)
         with contextlib.suppress(StopIteration):
@@ -110,5 +111,14 @@ def _file(place: pathlib.Path, suffix: str) -> pathlib.Path:
     return place.with_name(f"{place.name}{suffix}")
 
 
-def _leave_signals_to_parent() -> None:
+def _follow_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends when the parent ends, however that comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
