@@ -48,9 +48,10 @@ def run(workdir: pathlib.Path) -> None:
     flow = SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
     flow.save_pretrained(workdir / EXPORT)
     limit = c.eval.limit_final
-    segmentation = setup.evaluator.segmentation(params, frozen, "test", limit, progress="segment")
-    synthesis = setup.evaluator.synthesis(params, frozen, "test", limit, progress="synthesize")
-    gallery = setup.evaluator.gallery(params, frozen, "test")
+    split = setup.final_split
+    segmentation = setup.evaluator.segmentation(params, frozen, split, limit, progress="segment")
+    synthesis = setup.evaluator.synthesis(params, frozen, split, limit, progress="synthesize")
+    gallery = setup.evaluator.gallery(params, frozen, split)
     rows = read_metrics(workdir)
     result = {
         "segmentation": segmentation,
@@ -60,7 +61,7 @@ def run(workdir: pathlib.Path) -> None:
         "params_sha256": digest,
         "num_params": loop.count_params(params),
         "sampling": c.sampling.to_dict(),
-        "data": setup.info.to_dict() | {"split": "test", "limit": limit},
+        "data": setup.info.to_dict() | {"split": split, "limit": limit},
         "config": json.loads(c.to_json_best_effort()),
         "command": " ".join(sys.argv),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} {jax.devices()[0].device_kind}",
@@ -70,7 +71,7 @@ def run(workdir: pathlib.Path) -> None:
         (workdir / EXPORT / CARD).write_text(make_card(result, setup.info))
         write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
     print(
-        f"test mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "
+        f"{split} mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "
         f"pixel accuracy {segmentation['pixel_accuracy']:.4f}, "
         f"re-segmentation mIoU {synthesis['resegmentation_miou']:.3f}, diversity {synthesis['diversity']:.3f}\n"
         f"params_sha256 {digest}\nreport: {workdir / 'report.html'}"

@@ -28,11 +28,13 @@ REQUIREMENTS = [
     "ml_collections>=1.1",
     "ml_dtypes>=0.5",
     "numpy>=2.1",
+    "opencv-python-headless>=4.10",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=12",
     "resvg-py>=0.5",
     "safetensors>=0.6",
+    "simplejpeg>=1.8",
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
 ]
@@ -40,6 +42,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "beam": ["apache-beam>=2.77"],
     "tensorboard": ["tensorboard>=2.20", "tensorboardX>=2.6.4"],
     "test": ["beartype>=0.22", "hypothesis>=6.130", "mypy>=2.4", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],
     "parity": ["diffusers>=0.38", "torch>=2.13", "transformers>=5"],

@@ -22,6 +22,10 @@ def get_config() -> ConfigDict:
     c.data.seed = 0
     c.data.flip = 0.5  # probability
     c.data.crop_scale = config_dict.placeholder(tuple)  # (smallest, largest) share of the area; None: no cropping
+    c.data.crop_ratio = 1.0  # how much wider or narrower than `size` a crop may be
+    c.data.jitter = 0.0  # strength of random changes of the image's colours, at most 1
+    c.data.max_corrupt = 0.001  # share of the training records that may be unreadable and are left out; 0: none
+    c.data.latents = False  # encode the training images once; then nothing but flips is possible
     c.data.num_workers = 0  # processes that decode; 0: threads
 
     c.codec = ConfigDict()

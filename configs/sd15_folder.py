@@ -6,26 +6,16 @@ python main.py --config=configs/sd15_folder.py --config.data.source=MY_FOLDER --
 Stable Diffusion 1 or 2: a folder of diffusers, a single file, a repository of the Hugging Face hub; or a trained flow.
 """
 
-from configs import base
+from configs import paper
 
 
 def get_config():
-    c = base.get_config()
+    c = paper.get_config()
     with c.unlocked():
-        c.init = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         c.num_steps = 80_000
         c.batch_size = 32  # the paper's, of each device
         c.data.name = "folder"
-        c.data.size = (512, 512)
-        c.data.num_workers = 8
-        c.codec.name = "kl"
-        c.mask_code.palette = "grid"
-        c.model.dtype = "bfloat16"
-        c.model.remat = "blocks"
+        c.loss.mask_void = True
         c.optim.lr = 2e-5
-        c.optim.schedule = "linear"
-        c.optim.warmup = 500
         c.optim.ema = 0.9999
-        c.eval_every = 5000
-        c.checkpoint_every = 1000
     return c.lock()

@@ -47,7 +47,7 @@ done
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv
-install "test,tensorboard"
+install "test,tensorboard${CI:+,beam}"
 install_parity
 
 "$VENV_PYTHON" -m ruff check

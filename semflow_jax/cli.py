@@ -9,18 +9,21 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from semflow_jax import parallel
+from semflow_jax.codec import Codec, load_codec
 from semflow_jax.data import prepare as data
 from semflow_jax.data.examples import FITS
 from semflow_jax.data.images import IMAGE_SUFFIXES, read_image, read_label
 from semflow_jax.data.inspect import inspect as inspect_data
-from semflow_jax.data.records import load_info
+from semflow_jax.data.records import count_records, final_split, load_info
 from semflow_jax.data.sources.folder import load_classes
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.latents import ensure_latents
 from semflow_jax.models.build import count_params
 from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.pipeline import SemFlow, shipped
@@ -110,10 +113,11 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     evaluation = flow.evaluation(args.batch_size, args.steps, args.solver)
     evaluator = Evaluator(flow.sampler, str(args.data), info, parallel.make_mesh(), evaluation)
-    inputs = (flow.params, flow.frozen, args.split, args.limit)
+    split = args.split or final_split(count_records(args.data))
+    inputs = (flow.params, flow.frozen, split, args.limit)
     result = {
         "checkpoint": args.checkpoint,
-        "split": args.split,
+        "split": split,
         "limit": args.limit,
         "segmentation": evaluator.segmentation(*inputs, progress="segment"),
         "synthesis": evaluator.synthesis(*inputs, progress="synthesize"),
@@ -149,7 +153,18 @@ def prepare(args: argparse.Namespace) -> None:
     size = None if args.size is None else tuple(args.size) if len(args.size) == 2 else args.size[0]
     counts = {"num_train": args.num_train, "num_val": args.num_val, "seed": args.seed}
     work = {"max_skipped": 0.0 if args.strict else args.max_skipped, "num_workers": args.num_workers}
+    work |= {"engine": args.engine, "beam_options": args.beam_options}
+    codec = _latent_codec(args.latents) if args.latents else None
     data.prepare(args.name, args.out, source=args.source, size=size, fit=args.fit, **counts, **work)
+    if codec is not None:
+        print(f"latents: {ensure_latents(str(args.out), codec)}")
+
+
+def _latent_codec(text: str) -> Codec:
+    name, _, path = text.partition("=")
+    if name == "patch" or not path:
+        raise UserError(f"--latents: CODEC=WEIGHTS, a codec that has weights, got {text!r}; see docs/data.md")
+    return load_codec(ConfigDict({"name": name, "path": path}))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -179,7 +194,10 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--num-train", type=positive)
     c.add_argument("--num-val", type=positive)
     c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--latents", metavar="CODEC=WEIGHTS", help="also encode the training images, e.g. kl=FOLDER")
     c.add_argument("--num-workers", type=positive, help="processes; default: one for every core")
+    c.add_argument("--engine", choices=data.ENGINES, default="pool", help="processes, or workers of Apache Beam")
+    c.add_argument("--beam-options", default="", metavar="TEXT", help='as in --beam-options="--runner=DirectRunner"')
     c.add_argument("--max-skipped", type=float, default=data.MAX_SKIPPED, help="share of bad files that is left out")
     c.add_argument("--strict", action="store_true", help="the same as --max-skipped 0")
 
@@ -218,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     c = add(evaluate, "figures of a model on a prepared data set")
     c.add_argument("--checkpoint", required=True, help=checkpoint)
     c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
-    c.add_argument("--split", default="test")
+    c.add_argument("--split", help="default: test, or val where there is no test")
     c.add_argument("--limit", type=positive, help="so many examples, evenly over the split; default: all")
     add_sampling(c)
     c.add_argument("--batch-size", type=positive, default=32)

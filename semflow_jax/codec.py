@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -30,6 +31,7 @@ from semflow_jax.weights.stable_diffusion import find_pretrained, load_vae
 
 CODECS = ("patch", "kl", *TINY_VAES)
 AnyArray = Any  # numpy in, numpy out; jax in, jax out
+Moments = tuple[Array, Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Codec:
     factor: pixels per latent, in height and in width.
     channels: of the latent.
     params: the frozen weights; hand them to jitted functions as an argument.
-    encode: (params, image [b h w 3] in [-1, 1], key or None) -> z [b h/factor w/factor channels]; a sample with a key,
-        where the codec is a distribution.
+    moments: (params, image [b h w 3] in [-1, 1]) -> mean and standard deviation of z [b h/factor w/factor channels];
+        None for the latter, where the codec is no distribution.
     decode: (params, z) -> image, about [-1, 1].
     config: what `make_codec` builds it from, beside its tensors.
     """
@@ -49,9 +51,15 @@ class Codec:
     factor: int
     channels: int
     params: Params
-    encode: Callable[[Params, Array, PRNGKeyArray | None], Array]
+    moments: Callable[[Params, Array], Moments]
     decode: Callable[[Params, Array], Array]
     config: dict[str, Any]
+
+    def encode(
+        self, params: Params, image: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b hz wz c"]:
+        """z of an image in [-1, 1]: a sample with a key, where the codec is a distribution, and the mode without."""
+        return sample(*self.moments(params, image), key)
 
     def latent_shape(self, size: tuple[int, int], multiple: int = 1) -> tuple[int, int, int]:
         """Shape of the latent of a picture of `size` (h, w).
@@ -73,6 +81,13 @@ class Codec:
     def pool(self, pixels: Float[Array, "b h w 1"]) -> Float[Array, "b hz wz 1"]:
         """Carries a map of pixels to the latent grid, as a weight of each place."""
         return to_patches(pixels, self.factor).mean(-1, keepdims=True)
+
+
+def sample(
+    mean: Float[Array, "*shape"], std: Float[Array, "*shape"] | None, key: PRNGKeyArray | None
+) -> Float[Array, "*shape"]:
+    """A sample of a normal distribution; its mode without a key, and where it has no width."""
+    return mean if std is None or key is None else mean + std * jax.random.normal(key, std.shape)
 
 
 def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
@@ -99,12 +114,16 @@ def fit_patch_codec(
 
 def make_patch_codec(factor: int, params: Params) -> Codec:
     """The lossless codec of factor x factor patches; without `params`, their pixels as they are."""
+
+    def analyse(p: Params, patches: Array) -> Array:
+        return whiten.analyse(p, patches) if p else patches
+
     return Codec(
         name=f"patch {factor} x {factor}, lossless",
         factor=factor,
         channels=3 * factor**2,
         params=params,
-        encode=lambda p, image, key: whiten.analyse(p, to_patches(image, factor)) if p else to_patches(image, factor),
+        moments=lambda p, image: (analyse(p, to_patches(image, factor)), None),
         decode=lambda p, z: from_patches(whiten.synthesise(p, z) if p else z, factor),
         config={"name": "patch", "factor": factor},
     )
@@ -118,7 +137,7 @@ def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = 
         factor=vae.factor,
         channels=vae.latent_channels,
         params=fill(abstract, tensors, table, place, put=jnp.asarray),
-        encode=lambda p, image, key: encode(p, image),
+        moments=lambda p, image: (encode(p, image), None),
         decode=decode,
         config={"name": name},
     )
@@ -126,13 +145,13 @@ def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = 
 
 def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
     """Stable Diffusion's autoencoder; images are sampled where a key is given."""
-    _, (encode, decode) = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "encode", "decode")
+    _, (moments, decode) = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "moments", "decode")
     return Codec(
         name="AutoencoderKL",
         factor=config.factor,
         channels=config.latent_channels,
         params=params,
-        encode=encode,
+        moments=moments,
         decode=decode,
         config={"name": "kl", "vae": dataclasses.asdict(config)},
     )

@@ -379,5 +379,5 @@ def make_config(c: ConfigDict, unet: UNetConfig, codec: Codec, code: MaskCode, i
         "codec": codec.config,
         "mask_code": code.config,
         "sampling": c.sampling.to_dict(),
-        "data": info.to_dict(),
+        "data": info.replace(checksums={}).to_dict(),
     }

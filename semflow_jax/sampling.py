@@ -1,6 +1,6 @@
 """From photos to class maps and back: codec, mask code and ODE as two pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from semflow_jax import solve
-from semflow_jax.codec import Codec
+from semflow_jax.codec import Codec, sample
 from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params
 
@@ -67,6 +67,15 @@ class Sampler:
     ) -> Float[Array, "b hz wz c"]:
         """Photo -> z_0; where the codec is a distribution, a sample with a key and the mode without."""
         return self.codec.encode(frozen["codec"], to_float(image), key)
+
+    def image_latent(
+        self, frozen: Frozen, batch: Mapping[str, Array], key: PRNGKeyArray | None
+    ) -> Float[Array, "b hz wz c"]:
+        """z_0 of a training batch: of its "image", or drawn from the moments that were kept of it."""
+        if "mean" not in batch:
+            return self.encode_image(frozen, batch["image"], key)
+        std = batch["std"].astype(jnp.float32) if "std" in batch else None
+        return sample(batch["mean"].astype(jnp.float32), std, key)
 
     def encode_mask(
         self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: PRNGKeyArray | None = None

@@ -1,5 +1,6 @@
 """train/checkpoint.py: what is kept, what is restored, and what happens when a file is broken."""
 
+import json
 import logging
 
 import jax
@@ -37,7 +38,8 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def iterator(data_dir):
-    return make_train_iterator(data_dir, 2)
+    with make_train_iterator(data_dir, 2) as batches:
+        yield batches
 
 
 @pytest.fixture
@@ -101,9 +103,15 @@ def test_the_iterator_goes_on_where_it_was(data_dir, saved):
     resumed = make_train_iterator(data_dir, 2)
     next(resumed)
     restore(saved, resumed)
+    assert resumed.seen == 10
     for batch in batches[5:]:
         jax.tree.map(np.testing.assert_array_equal, next(resumed), batch)
     assert any((batches[5]["image"] != batch["image"]).any() for batch in batches[:5])
+
+
+def test_the_position_is_one_number(saved):
+    """Whoever goes on, with however many processes and examples at a time, understands it."""
+    assert json.loads((saved / "checkpoints" / "5" / "data" / "metadata").read_text()) == {"seen": 10}
 
 
 def test_a_broken_newest_gives_way_to_the_one_before(data_dir, saved, caplog):

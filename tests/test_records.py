@@ -1,9 +1,11 @@
 """data/records.py and data/builders.py: what is written is what is read, by us, by TFDS and in another process."""
 
+import dataclasses
 import io
 import json
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +16,15 @@ from PIL import Image
 
 from semflow_jax.data.builders import write_records
 from semflow_jax.data.info import VOID, DataInfo
-from semflow_jax.data.records import count_records, load_info, open_records
+from semflow_jax.data.records import (
+    CorruptRecord,
+    Healthy,
+    count_records,
+    decode_image,
+    decode_label,
+    load_info,
+    open_records,
+)
 from semflow_jax.errors import UserError
 
 INFO = DataInfo(
@@ -28,9 +38,9 @@ INFO = DataInfo(
 )
 
 
-def encode(array: np.ndarray, image_format: str = "PNG") -> bytes:
+def encode(array: np.ndarray, image_format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, image_format)
+    Image.fromarray(array).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -51,6 +61,21 @@ def data_dir(tmp_path):
         tmp_path / "set", INFO, {"train": make_examples(10), "val": iter(make_examples(2, 1))}, progress=False
     )
     return tmp_path / "set"
+
+
+def corrupt_shard(data_dir: pathlib.Path, damaged: pathlib.Path, split: str, cut: bool = False) -> pathlib.Path:
+    """A copy of a prepared folder with a byte flipped in the middle of a split's file, or with its second half gone."""
+    shutil.copytree(data_dir, damaged)
+    (path,) = damaged.glob(f"*{split}.array_record*")
+    data = bytearray(path.read_bytes())
+    # array_record pads its files to 64 KiB and more; the last bytes that are not padding belong to the index.
+    middle = len(bytes(data[:65536]).rstrip(b"\0")) // 2
+    if cut:
+        del data[middle:]
+    else:
+        data[middle] ^= 1
+    path.write_bytes(data)
+    return damaged
 
 
 def test_round_trip_keeps_order_pixels_and_facts(data_dir):
@@ -147,3 +172,113 @@ def test_clear_errors(data_dir, tmp_path):
     (data_dir / "metadata.json").write_text(json.dumps({"name": "half"}))
     with pytest.raises(UserError, match="must be a prepared data set"):
         load_info(data_dir)
+
+
+PHOTO = np.kron(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))[:-3, :-5]
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("quality", [30, 95])
+def test_jpegs_are_decoded_as_pillow_does(subsampling, progressive, quality):
+    data = encode(PHOTO, "JPEG", subsampling=subsampling, progressive=progressive, quality=quality)
+    np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(decode_image(data + b"appended"), decode_image(data))
+    grey = encode(PHOTO[..., 0], "JPEG")
+    np.testing.assert_array_equal(decode_image(grey), np.asarray(Image.open(io.BytesIO(grey)).convert("RGB")))
+
+
+@pytest.mark.parametrize("bit", [1, 128])
+def test_a_label_with_a_flipped_bit_is_never_taken_for_another(bit):
+    """Pillow itself notices most of them, but not all."""
+    label = np.kron(np.random.default_rng(0).integers(0, 11, (6, 6), np.uint8), np.ones((4, 4), np.uint8))
+    data = encode(label)
+    np.testing.assert_array_equal(decode_label(data), label)
+    for i in range(len(data)):
+        with pytest.raises(ValueError, match="neither JPEG nor PNG" if i < 8 else "broken at byte"):
+            decode_label(data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :])
+        with pytest.raises(ValueError):
+            decode_label(data[:i])
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 300, -30, -1])
+def test_an_image_cut_short_is_noticed(length):
+    for image_format in ("JPEG", "PNG"):
+        with pytest.raises(ValueError):
+            decode_image(encode(PHOTO, image_format)[:length])
+
+
+IMAGE, LABEL = make_arrays(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"image": encode(IMAGE, "JPEG")[:-20]}, "found ValueError: .*[Pp]remature end of JPEG"),
+        ({"image": encode(IMAGE)[:-20]}, "found ValueError: a PNG that is broken at byte"),
+        ({"image": b"GIF89a"}, "found ValueError: neither JPEG nor PNG"),
+        ({"image": encode(IMAGE[:, :6])}, r"image \(8, 6\) and label \(8, 12\) where \(8, 12\) are expected"),
+        ({"label": encode(LABEL[:4])}, r"image \(8, 12\) and label \(4, 12\) where \(8, 12\) are expected"),
+        ({"image": encode(IMAGE[:4]), "label": encode(LABEL[:4])}, r"image \(4, 12\) and label \(4, 12\) where"),
+        ({"label": encode(IMAGE)}, "a label of mode RGB"),
+        ({"label": encode(LABEL.astype(np.uint16))}, "a label of mode I;16"),
+        ({"label": encode(LABEL > 1)}, "a label of mode 1"),
+        ({"label": encode(LABEL % 200 + 1)}, r"class ids \[3, 56\] where 3 classes are known"),
+        ({"label": encode(np.where(LABEL == VOID, 254, LABEL).astype(np.uint8))}, r"class ids \[254\] where 3 classes"),
+    ],
+)
+def test_a_bad_example_in_a_whole_file(tmp_path, change, found):
+    examples = [{"image": encode(IMAGE), "label": encode(LABEL), "id": f"n{i}"} for i in range(3)]
+    examples[1] |= change
+    write_records(tmp_path / "set", INFO, {"train": examples}, progress=False)
+    records = open_records(tmp_path / "set", "train")
+    with pytest.raises(CorruptRecord, match=found) as caught:
+        records[1]
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'set'}: train: record 1 (n1) must be whole, found ") and "\n" not in message
+    healthy = Healthy(records, 1)
+    assert [healthy[i]["id"] for i in range(3)] == ["n0", "n2", "n2"]
+    assert [str(healthy[i]["corrupt"]) for i in range(3)] == ["", message, ""]
+
+
+@pytest.fixture(scope="module")
+def large_dir(tmp_path_factory):
+    """Records of noise, which fill several of a file's blocks of 64 KiB."""
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (80, 100, 3), np.uint8), np.zeros((80, 100), np.uint8)
+    examples = [{"image": encode(image ^ np.uint8(i)), "label": encode(label), "id": str(i)} for i in range(8)]
+    path = tmp_path_factory.mktemp("large") / "set"
+    write_records(path, dataclasses.replace(INFO, size=(80, 100)), {"train": examples}, progress=False)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["flip", "zeros", "cut"])
+def test_a_damaged_file_is_never_taken_for_a_whole_one(large_dir, tmp_path, damage):
+    (path,) = large_dir.glob("*array_record*")
+    whole, data = list(open_records(large_dir, "train")), path.read_bytes()
+    shutil.copytree(large_dir, tmp_path / "set")
+    noticed = 0
+    for start in (65535, 65536, 65541, *range(500, len(data), len(data) // 8)):
+        changed = {
+            "flip": data[:start] + bytes([data[start] ^ 0x5A]) + data[start + 1 :],
+            "zeros": data[:start] + bytes(64) + data[start + 64 :],
+            "cut": data[:start],
+        }[damage]
+        (tmp_path / "set" / path.name).write_bytes(changed)
+        records = open_records(tmp_path / "set", "train")
+        for i, example in enumerate(whole):
+            try:
+                found = records[i]
+            except CorruptRecord:
+                noticed += 1
+            else:
+                np.testing.assert_array_equal(found["image"], example["image"])
+                np.testing.assert_array_equal(found["label"], example["label"])
+    assert noticed >= 5 if damage != "cut" else noticed == 8 * 11
+
+
+def test_a_file_that_is_gone(large_dir, tmp_path):
+    shutil.copytree(large_dir, tmp_path / "set")
+    next((tmp_path / "set").glob("*array_record*")).unlink()
+    with pytest.raises(CorruptRecord, match=r"record 2 \(id unknown\) must be whole, found .*No such file"):
+        open_records(tmp_path / "set", "train")[2]

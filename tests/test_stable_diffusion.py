@@ -60,7 +60,7 @@ def found(flow, pictures):
 
     codec = dataclasses.replace(
         flow.codec,
-        encode=lambda params, picture, key: note("begin", flow.codec.encode(params, picture, key)),
+        moments=lambda params, picture: (note("begin", flow.codec.moments(params, picture)[0]), None),
         decode=lambda params, z: note("picture", flow.codec.decode(params, note("end", z))),
     )
     code = make_mask_code(ConfigDict(flow.config["mask_code"]), codec, NUM_GRID, {})

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -21,6 +22,8 @@ from semflow_jax.data.info import DataInfo
 from semflow_jax.errors import UserError
 
 SUFFIX = ".array_record"
+
+Shards = Mapping[str, Sequence[tuple[Mapping[str, Any], pathlib.Path]]]  # of each split: facts and the file
 
 
 def write_shard(path: pathlib.Path, info: DataInfo, examples: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -46,13 +49,11 @@ def write_shard(path: pathlib.Path, info: DataInfo, examples: Iterable[dict[str,
     return {"num": num, "num_bytes": num_bytes, "sha256": digest_file(path)}
 
 
-def write_metadata(
-    data_dir: pathlib.Path, info: DataInfo, shards: Mapping[str, Sequence[tuple[Mapping[str, Any], pathlib.Path]]]
-) -> DataInfo:
+def write_metadata(data_dir: pathlib.Path, info: DataInfo, shards: Shards) -> DataInfo:
     """Moves shards into `data_dir`, under the names that TFDS gives them, and writes the metadata.
 
     Args:
-        shards: for each split, what `write_shard` returned and the file.
+        shards: the facts are what `write_shard` returns.
 
     Returns:
         `info` with the checksums.
@@ -136,9 +137,15 @@ def digest_file(path: pathlib.Path) -> str:
 def make_features(info: DataInfo) -> tfds.features.FeaturesDict:
     """What a record holds; pictures of different sizes where the set was prepared to cover its size."""
     height, width = (None, None) if info.fit == "cover" else info.size
+    if info.latent is None:
+        image = {"image": tfds.features.Image(shape=(height, width, 3))}
+    else:
+        moments = ("mean", "std") if info.latent["std"] else ("mean",)
+        shape = (2, *info.latent["shape"])  # of the image and of its mirror image
+        image = {name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes") for name in moments}
     return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(height, width, 3)),
+        image
+        | {
             "label": tfds.features.Image(shape=(height, width, 1), encoding_format="png", use_colormap=True),
             "id": tfds.features.Text(),
         }

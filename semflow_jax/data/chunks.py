@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import filelock
 from tqdm import tqdm
 
 from semflow_jax.data.source import Item
@@ -72,7 +73,7 @@ class Chunks:
         self, function: ChunkFn, todo: Sequence[tuple[Sequence[Item], pathlib.Path]], suffix: str
     ) -> Iterator[int]:
         if self.num_workers == 1 or len(todo) < 2 or sum(len(chunk) for chunk, _ in todo) < WORTH_WORKERS:
-            yield from (_run_chunk(function, *task, suffix) for task in todo)
+            yield from (run_chunk(function, *task, suffix) for task in todo)
             return
         if self._pool is None:
             # A fork would copy the locks of this process's threads as they happen to stand.
@@ -83,13 +84,14 @@ class Chunks:
         with contextlib.suppress(StopIteration):
             while True:
                 while len(waiting) < 2 * self.num_workers:
-                    waiting.add(self._pool.submit(_run_chunk, function, *next(tasks), suffix))
+                    waiting.add(self._pool.submit(run_chunk, function, *next(tasks), suffix))
                 done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         yield from (future.result() for future in concurrent.futures.as_completed(waiting))
 
 
-def _run_chunk(function: ChunkFn, chunk: Sequence[Item], place: pathlib.Path, suffix: str) -> int:
+def run_chunk(function: ChunkFn, chunk: Sequence[Item], place: pathlib.Path, suffix: str) -> int:
+    """Leaves the result, and the file, at `place`; the number of items."""
     temp = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     result = function(chunk, temp)
     if suffix:
@@ -97,6 +99,25 @@ def _run_chunk(function: ChunkFn, chunk: Sequence[Item], place: pathlib.Path, su
     temp.write_text(json.dumps(result))
     temp.rename(_result(place))
     return len(chunk)
+
+
+@contextlib.contextmanager
+def alone(partial: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes out while this one works in it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(partial / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{partial}: another process is at it, waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (partial / "lock").unlink(missing_ok=True)
+            partial.rmdir()  # where nothing was done in it
 
 
 def _digest(key: str, chunk: Sequence[Item]) -> str:

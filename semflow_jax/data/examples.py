@@ -72,9 +72,14 @@ def encode_example(image: Image.Image, label: UInt8[np.ndarray, "h w"], name: st
     small = max(image.size) <= PNG_UP_TO
     return {
         "image": _encode(image, "PNG") if small else _encode(image, "JPEG", quality=95),
-        "label": _encode(Image.fromarray(label), "PNG"),
+        "label": encode_label(label),
         "id": name,
     }
+
+
+def encode_label(label: UInt8[np.ndarray, "h w"]) -> bytes:
+    """Class ids as a grey PNG."""
+    return _encode(Image.fromarray(label), "PNG")
 
 
 def count_ids(label: UInt8[np.ndarray, "..."]) -> Int[np.ndarray, "256"]:

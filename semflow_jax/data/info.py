@@ -26,6 +26,7 @@ class DataInfo:
         license: licence of the images and labels, one line.
         attribution: whom to credit, one line.
         fit: how the records came to their size, see `examples.fit_pair`; covering, they are larger than `size`.
+        latent: of a cache of latents: codec, shape of a latent, and whether there is a standard deviation; else None.
         pixels: of every split, the number of pixels by class id, void's last.
         skipped: how many raw examples were left out, for a file that is not as it should be.
         checksums: sha256 by file name.
@@ -40,6 +41,7 @@ class DataInfo:
     license: str = ""
     attribution: str = ""
     fit: str = "stretch"
+    latent: dict[str, Any] | None = None
     pixels: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -1,21 +1,115 @@
-"""Records -> batches, with grain: per process, numpy, one order for every number of processes and workers."""
+"""Records -> batches, with grain: per process, numpy, one order for every number of processes and workers.
 
+Training walks one endless stream: all epochs one after another, shuffled and augmented. A position in it is the number
+of examples that all processes together have seen. It means the same for every number of processes and workers and every
+batch size, so a run may go on with others, without an example lost or repeated.
+"""
+
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from grain.sources import RandomAccessDataSource
 
 from semflow_jax.data import transforms
-from semflow_jax.data.info import VOID
-from semflow_jax.data.records import Records, load_info, open_records, spread_indices
+from semflow_jax.data.info import VOID, DataInfo
+from semflow_jax.data.records import Records, load_info, open_healthy, open_records, spread_indices, too_many
 from semflow_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # The elements that grain buffers are whole batches here, so a few are plenty; its defaults would hold 500 of them.
 NUM_THREADS = max(2, min(4, os.cpu_count() or 1))
 THREADS = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_THREADS)
 THREADS_OF_WORKER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+
+class TrainBatches:
+    """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1]} of a stream; read ahead in the background.
+    Of a cache of latents they hold "mean", and "std" of codecs that have one, float16 [b hz wz c], for the image.
+
+    Process p of n takes every n-th example, from p on: what all of them get at a time are the next examples of the
+    stream. Close it, or use it as a context; worker processes end then.
+
+    Attributes:
+        seen: examples of the stream that all processes together have been handed; equal on all of them.
+    """
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        batch_size: int,
+        *,
+        num_workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        limit: int = 0,
+    ):
+        """Takes an infinite stream, and how many records may be corrupt."""
+        _check_processes(batch_size, process_index, process_count)
+        self.seen = 0
+        self._stream = stream
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._process_index = process_index
+        self._process_count = process_count
+        self._limit = limit
+        self._corrupt: set[str] = set()
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self._note(batch.pop("corrupt"))
+        self.seen += self._batch_size * self._process_count
+        return batch
+
+    def seek(self, seen: int) -> None:
+        """Goes to a position, at once however far; what was read ahead is forgotten."""
+        self.close()
+        self.seen = seen
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def __enter__(self) -> "TrainBatches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> grain.DatasetIterator:
+        # Grain's generators are keyed by position in the stream: sliced any earlier, all processes would flip alike.
+        examples = self._stream[self.seen + self._process_index :: self._process_count]
+        batches = examples.batch(self._batch_size, drop_remainder=True)
+        if not self._num_workers:
+            return iter(batches.to_iter_dataset(THREADS))
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # grain reads absl flags when it starts workers, also where there is no absl app
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(self._num_workers)
+        return iter(batches.to_iter_dataset(THREADS_OF_WORKER).mp_prefetch(workers))
+
+    def _note(self, messages: np.ndarray) -> None:
+        """Tells of every corrupt record once, and counts them."""
+        for message in "\n".join(messages[messages != ""]).splitlines():
+            if message in self._corrupt:
+                continue
+            self._corrupt.add(message)
+            if len(self._corrupt) > self._limit:
+                raise too_many(message, self._limit)
+            log.warning("%s (the next one takes its place)", message)
 
 
 def make_train_iterator(
@@ -25,15 +119,15 @@ def make_train_iterator(
     seed: int = 0,
     flip: float = 0.5,
     crop_scale: tuple[float, float] | None = None,
+    crop_ratio: float = 1.0,
+    jitter: float = 0.0,
+    max_corrupt: float = 0.0,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     split: str = "train",
-) -> grain.DatasetIterator:
-    """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1]}, in a new order each epoch.
-
-    All processes walk one shuffled, augmented stream, of which each takes every `process_count`-th example: batch k of
-    all of them together depends on `seed` and the global batch size only. `get_state` and `set_state` resume exactly.
+) -> TrainBatches:
+    """Endless batches of a prepared folder, or of its latents, in a new order each epoch: see `TrainBatches`.
 
     Args:
         data_dir: a prepared folder.
@@ -41,11 +135,14 @@ def make_train_iterator(
         seed: of the order and the augmentations, 0 <= seed < 2**32.
         flip: probability of a mirror image.
         crop_scale: share of the area that a random crop keeps, (smallest, largest); None leaves cropping out.
-        num_workers: worker processes; 0 reads with threads, which is enough for small images. The state of one kind is
-            not for the other. With workers, close the iterator.
+        crop_ratio: how much wider or narrower than the image a crop may be, at least 1.
+        jitter: strength of random changes of the image's colours, in [0, 1]; 0 leaves them out.
+        max_corrupt: share of the split that may be corrupt, in [0, 1], rounded up to one record; such a record is told
+            of, and the next takes its place. 0: the first one ends the run.
+        num_workers: worker processes; 0 reads with threads, which is enough for small images.
 
     Raises:
-        UserError: not a prepared folder, or an argument out of range.
+        UserError: not a prepared folder, or an argument out of range; by `next`, more corrupt records than allowed.
     """
     _check_processes(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
@@ -54,18 +151,58 @@ def make_train_iterator(
         raise UserError(f"flip: must be a probability in [0, 1], got {flip}; 0.5 is usual")
     if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise UserError(f"crop_scale: must be 0 < smallest <= largest <= 1, got {crop_scale}; (0.5, 1.0) is usual")
-    stream = grain.MapDataset.source(open_records(data_dir, split)).seed(seed).shuffle().repeat().map(_without_id)
-    if flip:
-        stream = stream.random_map(transforms.RandomFlip(flip, load_info(data_dir).flip_pairs))
+    if crop_ratio < 1:
+        raise UserError(f"crop_ratio: must be at least 1, got {crop_ratio}; 1.33 is usual")
+    if not 0 <= jitter <= 1:
+        raise UserError(f"jitter: must be a strength in [0, 1], got {jitter}; 0.2 is usual")
+    records = open_healthy(data_dir, split, max_corrupt)
+    augmentations = make_augmentations(load_info(data_dir), flip, crop_scale, crop_ratio, jitter)
+    return TrainBatches(
+        make_stream(records, seed, augmentations),
+        batch_size,
+        num_workers=num_workers,
+        process_index=process_index,
+        process_count=process_count,
+        limit=records.limit,
+    )
+
+
+def make_stream(
+    records: RandomAccessDataSource, seed: int, augmentations: Sequence[grain.transforms.RandomMap] = ()
+) -> grain.MapDataset:
+    """All epochs of some records, one after another, each in an order of its own.
+
+    An example, its augmentations included, depends on its position and the seed only.
+    """
+    stream = grain.MapDataset.source(records).seed(seed).shuffle().repeat().map(_without_id)
+    for augmentation in augmentations:
+        stream = stream.random_map(augmentation)
+    return stream
+
+
+def make_augmentations(
+    info: DataInfo, flip: float, crop_scale: tuple[float, float] | None, crop_ratio: float, jitter: float
+) -> list[grain.transforms.RandomMap]:
+    """What happens to an example, in this order; records that are larger than their data set's size are cut always.
+
+    Raises:
+        UserError: crops or colours of latents.
+    """
+    if info.latent is not None:
+        if crop_scale is not None or jitter:
+            found = f"crop_scale {crop_scale}, jitter {jitter}"
+            raise UserError(f"data.latents: only flips are possible with it, found {found}; leave those out")
+        return [transforms.LatentFlip(flip, info.flip_pairs)]
+    if crop_scale is None and info.fit == "cover":
+        crop_scale = (1.0, 1.0)
+    augmentations: list[grain.transforms.RandomMap] = []
     if crop_scale is not None:
-        stream = stream.random_map(transforms.RandomResizedCrop(tuple(crop_scale)))
-    # Grain's generators are keyed by position in the stream: sliced any earlier, all processes would flip alike.
-    batches = stream[process_index::process_count].batch(batch_size, drop_remainder=True)
-    if not num_workers:
-        return iter(batches.to_iter_dataset(THREADS))
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags when it starts workers, also where there is no absl app
-        flags.FLAGS.mark_as_parsed()
-    return iter(batches.to_iter_dataset(THREADS_OF_WORKER).mp_prefetch(grain.MultiprocessingOptions(num_workers)))
+        augmentations.append(transforms.RandomResizedCrop(info.size, tuple(crop_scale), crop_ratio))
+    if flip:
+        augmentations.append(transforms.RandomFlip(flip, info.flip_pairs))
+    if jitter:
+        augmentations.append(transforms.ColourJitter(jitter))
+    return augmentations
 
 
 def make_eval_batches(
@@ -86,28 +223,27 @@ def make_eval_batches(
         limit: so many examples, evenly over the split, for neighbours are often alike; None takes all.
 
     Raises:
-        UserError: not a prepared folder, no such split, or an argument out of range.
+        UserError: not a prepared folder, no such split, or an argument out of range; by `next`, a corrupt record:
+            figures are of all examples or of none.
     """
     _check_processes(batch_size, process_index, process_count)
     if limit is not None and limit < 1:
         raise UserError(f"limit: must be at least 1 or None, got {limit}; None takes all")
-    records = open_records(data_dir, split)
+    records, size = open_records(data_dir, split), load_info(data_dir).size
     chosen = spread_indices(len(records), limit or len(records))
     global_batch = batch_size * process_count
     starts = range(process_index * batch_size, -(-len(chosen) // global_batch) * global_batch, global_batch)
 
     def load(k: int) -> dict[str, Any]:
-        return _padded_batch(records, chosen[starts[k] : starts[k] + batch_size], batch_size)
+        return _padded_batch(records, chosen[starts[k] : starts[k] + batch_size], batch_size, size)
 
     return iter(grain.MapDataset.range(len(starts)).map(load).to_iter_dataset(THREADS))
 
 
-def _padded_batch(records: Records, indices: list[int], size: int) -> dict[str, Any]:
-    examples = [records[i] for i in indices]
-    missing = size - len(examples)
-    shape = (examples or [records[0]])[0]["image"].shape[:2]
-    void = {"image": np.zeros((*shape, 3), np.uint8), "label": np.full((*shape, 1), VOID, np.uint8), "id": ""}
-    padded = examples + missing * [void]
+def _padded_batch(records: Records, indices: list[int], batch_size: int, size: tuple[int, int]) -> dict[str, Any]:
+    examples = [transforms.crop_centre(records[i], size) for i in indices]
+    void = {"image": np.zeros((*size, 3), np.uint8), "label": np.full((*size, 1), VOID, np.uint8), "id": ""}
+    padded = examples + (batch_size - len(examples)) * [void]
     return {
         "image": np.stack([example["image"] for example in padded]),
         "label": np.stack([example["label"] for example in padded]),
@@ -117,7 +253,7 @@ def _padded_batch(records: Records, indices: list[int], size: int) -> dict[str, 
 
 
 def _without_id(example: dict[str, Any]) -> dict[str, Any]:
-    return {"image": example["image"], "label": example["label"]}
+    return {name: x for name, x in example.items() if name != "id"}
 
 
 def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:

@@ -5,7 +5,6 @@
 Until the last step everything is in OUT.partial, which a later call goes on from.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,32 +13,43 @@ import os
 import pathlib
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import filelock
 import numpy as np
 from ml_collections import ConfigDict
 
-from semflow_jax.data.builders import SUFFIX, check_free, require_examples, write_metadata
-from semflow_jax.data.chunks import Chunks
+from semflow_jax.data import beam
+from semflow_jax.data.builders import SUFFIX, Shards, check_free, require_examples, write_metadata
+from semflow_jax.data.chunks import Chunks, alone
 from semflow_jax.data.examples import FITS, check_items, write_items
 from semflow_jax.data.info import VOID, DataInfo, cache_dir
 from semflow_jax.data.records import load_info
 from semflow_jax.data.source import Source, shuffled
-from semflow_jax.data.sources import avatars, folder
+from semflow_jax.data.sources import ade20k, avatars, celebamask_hq, cityscapes, coco_stuff, folder, tfds
 from semflow_jax.errors import UserError
 
 FIND: dict[str, Callable[[dict[str, Any]], Source]] = {
     "avatars": avatars.find,
     "camvid": folder.find,
     "folder": folder.find,
+    "cityscapes": cityscapes.find,
+    "ade20k": ade20k.find,
+    "coco_stuff": coco_stuff.find,
+    "celebamask_hq": celebamask_hq.find,
+    "tfds": tfds.find,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "avatars": {"size": 64, "num_train": 8000, "num_val": 500},
     "camvid": {"size": (96, 128)},
     "folder": {"size": 256},
+    "cityscapes": {"size": (512, 1024)},
+    "ade20k": {"size": 512},
+    "coco_stuff": {"size": 512},
+    "celebamask_hq": {"size": 512},
+    "tfds": {"size": 256},
 }
+ENGINES = ("pool", "beam")
 CHECKED_AT_ONCE = 64  # items of a chunk
 EXAMPLES_PER_SHARD = 512
 MAX_SKIPPED = 0.01  # share of the items
@@ -58,6 +68,8 @@ def prepare(
     seed: int = 0,
     max_skipped: float = MAX_SKIPPED,
     num_workers: int | None = None,
+    engine: str = "pool",
+    beam_options: str = "",
     progress: bool = True,
 ) -> DataInfo:
     """Make `out_dir` from a source, unless the same arguments already made it.
@@ -70,7 +82,9 @@ def prepare(
         num_train: examples of train, and `num_val` of val and of test; None is the source's own, at most all.
         seed: of the avatars, or of the choice and the split of files.
         max_skipped: share of the items that may be left out for a file that is not as it should be.
-        num_workers: processes; None is one for every core.
+        num_workers: processes of the pool; None is one for every core.
+        engine: pool, processes of this machine, or beam, workers of Apache Beam, see `beam.py`.
+        beam_options: Beam's options, as on a command line.
 
     Returns:
         What the folder says about itself.
@@ -84,6 +98,10 @@ def prepare(
         raise UserError(f"fit: must be one of {', '.join(FITS)}, got {fit!r}; choose one of them")
     if not 0 <= max_skipped < 1:
         raise UserError(f"max_skipped: must be a share in [0, 1), got {max_skipped}; 0.01 is usual")
+    if engine not in ENGINES:
+        raise UserError(f"engine: must be one of {', '.join(ENGINES)}, got {engine!r}; choose one of them")
+    if beam_options and engine != "beam":
+        raise UserError(f"beam_options: only the engine beam has some, got {beam_options!r}; pass engine beam too")
     recipe = _make_recipe(name, source, size, num_train, num_val, seed) | {"fit": fit}
     out_dir = pathlib.Path(out_dir).resolve()
     if (found := _find_current(out_dir, recipe)) is not None:
@@ -91,10 +109,14 @@ def prepare(
     check_free(out_dir)
     raw = _select(FIND[name](_require_source(recipe)), recipe)
     partial = out_dir.with_name(f"{out_dir.name}.partial")
-    with _alone(partial):
+    with alone(partial):
         if (found := _find_current(out_dir, recipe)) is not None:  # by another process, while this one waited
             return found
-        with Chunks(partial, num_workers or os.cpu_count() or 1, progress) as chunks:
+        if engine == "beam":
+            chunks: Chunks = beam.BeamChunks(partial, beam_options, progress)
+        else:
+            chunks = Chunks(partial, num_workers or os.cpu_count() or 1, progress)
+        with chunks:
             checked, used, problems = (raw, None, []) if raw.drawn else _check(raw, chunks, max_skipped)
             info = _make_info(checked, used, recipe, len(problems))
             return _write(checked, info, problems, chunks, out_dir)
@@ -136,12 +158,13 @@ def _check(raw: Source, chunks: Chunks, max_skipped: float) -> tuple[Source, lis
 
 def _write(raw: Source, info: DataInfo, problems: list[list[str]], chunks: Chunks, out_dir: pathlib.Path) -> DataInfo:
     require_examples({split: len(items) for split, items in raw.splits.items()})
-    write = functools.partial(write_items, read=raw.read, info=info)
-    key = f"{_key(raw)} {info.size} {info.fit}"
-    shards, pixels = {}, {}
-    for split, items in raw.splits.items():
-        shards[split] = chunks.map(write, items, EXAMPLES_PER_SHARD, key, f"write {split}", SUFFIX)
-        counts = np.sum([result["pixels"] for result, _ in shards[split]], axis=0)
+    if isinstance(chunks, beam.BeamChunks):
+        shards = beam.write_shards(raw, info, chunks)
+    else:
+        shards = _write_shards(raw, info, chunks)
+    pixels = {}
+    for split, parts in shards.items():
+        counts = np.sum([facts["pixels"] for facts, _ in parts], axis=0)
         pixels[split] = [*counts[: info.num_classes].tolist(), int(counts[VOID])]
     whole = chunks.workdir / "whole"
     shutil.rmtree(whole, ignore_errors=True)
@@ -153,6 +176,15 @@ def _write(raw: Source, info: DataInfo, problems: list[list[str]], chunks: Chunk
     whole.rename(out_dir)
     shutil.rmtree(chunks.workdir)
     return info
+
+
+def _write_shards(raw: Source, info: DataInfo, chunks: Chunks) -> Shards:
+    write = functools.partial(write_items, read=raw.read, info=info)
+    key = f"{_key(raw)} {info.size} {info.fit}"
+    return {
+        split: chunks.map(write, items, EXAMPLES_PER_SHARD, key, f"write {split}", SUFFIX)
+        for split, items in raw.splits.items()
+    }
 
 
 def _key(raw: Source) -> str:
@@ -191,25 +223,6 @@ def _make_info(raw: Source, used: list[int] | None, recipe: dict[str, Any], skip
         skipped=skipped,
         recipe=recipe,
     )
-
-
-@contextlib.contextmanager
-def _alone(partial: pathlib.Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes out while this one works in it."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(partial / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{partial}: another process is at it, waiting")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-        with contextlib.suppress(OSError):
-            (partial / "lock").unlink(missing_ok=True)
-            partial.rmdir()  # where nothing was done in it
 
 
 def _make_recipe(

@@ -29,7 +29,7 @@ def _unflatten(params: Params) -> dict[str, Any]:
     )
 
 
-def make_fns(make_module: Callable[[], nnx.Module], *methods: str) -> tuple[Abstract, list[Callable[..., Array]]]:
+def make_fns(make_module: Callable[[], nnx.Module], *methods: str) -> tuple[Abstract, list[Callable[..., Any]]]:
     """Returns the abstract parameters of a module, and each method as a pure function of (params, *arguments).
 
     Nothing is allocated, and no weight initialised.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from semflow_jax.errors import UserError
 from semflow_jax.models.attention import attention
@@ -217,20 +217,14 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = Conv(channels, channels, kernel=1, rngs=rngs, **config.types())
 
     def moments(self, image: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b hz wz c"], Float[Array, "b hz wz c"]]:
-        """Returns mean and standard deviation of the latents, not scaled.
+        """Returns mean and standard deviation of the scaled latents.
 
         Raises `UserError` where height or width is no multiple of `config.factor`.
         """
         check_size("AutoencoderKL", image, self.config.factor)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.exp(jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS) / 2)
-
-    def encode(self, image: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None) -> Float[Array, "b hz wz c"]:
-        """Returns scaled latents: a sample with a key, the mode without. Raises as `moments` does."""
-        z, std = self.moments(image)
-        if key is not None:
-            z = z + std * jax.random.normal(key, std.shape)
-        return z * self.config.scaling_factor
+        std = jnp.exp(jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS) / 2)
+        return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
     def decode(self, z: Float[Array, "b hz wz c"]) -> Float[Array, "b h w 3"]:
         """The image is not clipped: it overshoots [-1, 1] a little."""

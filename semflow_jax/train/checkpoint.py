@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax, written in the background, the data iterator's position inside.
+"""Checkpoints: Orbax, written in the background, the position in the training data inside.
 
 A step's folder appears when it is whole. Kept are the newest two and the best by validation mIoU. Where the newest
 can't be read, the one before is taken, with a warning, and the newest is moved to `workdir/unreadable`.
@@ -10,12 +10,12 @@ import pathlib
 import time
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from semflow_jax.data.pipeline import TrainBatches
 from semflow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,20 +34,20 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
-    def save(self, state: dict[str, Any], iterator, metrics: dict[str, float] | None = None) -> None:
-        """Saves the state and the iterator's position under the state's step; returns before the bytes are on disk."""
+    def save(self, state: dict[str, Any], batches: TrainBatches, metrics: dict[str, float] | None = None) -> None:
+        """Saves state and position in the data under the state's step; returns before the bytes are on disk."""
         step = int(state["step"])
         if step == self.manager.latest_step():
             return
-        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave({"seen": batches.seen})}
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, state: dict[str, Any], iterator=None) -> dict[str, Any] | None:
+    def restore(self, state: dict[str, Any], batches: TrainBatches | None = None) -> dict[str, Any] | None:
         """The newest readable state, shaped, typed and sharded as `state`; None where there is no checkpoint.
 
         Args:
             state: arrays, or ShapeDtypeStructs with shardings.
-            iterator: set to the position it had then.
+            batches: set to the position they had then.
 
         Raises:
             UserError: there are checkpoints and none can be read.
@@ -56,16 +56,18 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
-            if iterator is not None:
-                items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            if batches is not None:
+                items["data"] = ocp.args.JsonRestore()
             try:
-                restored = self.manager.restore(step, args=ocp.args.Composite(**items))["state"]
+                restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+                if batches is not None:
+                    batches.seek(restored["data"]["seen"])
             except Exception as error:  # Orbax raises many kinds for a truncated or flipped file
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 log.warning("checkpoint %s of %s can't be read (%s)", step, self.manager.directory, reason)
             else:
                 self._set_aside(steps[:i])
-                return restored
+                return restored["state"]
         if steps:
             raise UserError(
                 f"{self.manager.directory}: a checkpoint must be whole and of this config's shapes, none of steps "

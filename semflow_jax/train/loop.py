@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from semflow_jax import parallel
@@ -58,12 +59,15 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         out_shardings=everywhere,
         compiler_options=options,
     )
-    iterator = make_train_iterator(
-        s.data_dir,
+    batches = make_train_iterator(
+        s.train_dir,
         parallel.local_batch_size(c.batch_size, s.mesh),
         seed=c.seed,
         flip=c.data.flip,
         crop_scale=c.data.crop_scale,
+        crop_ratio=c.data.crop_ratio,
+        jitter=c.data.jitter,
+        max_corrupt=c.data.max_corrupt,
         num_workers=c.data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -73,7 +77,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     checkpoints = Checkpoints(workdir)
     shapes = jax.eval_shape(init_fn, None if s.start.drawn else abstract_unet(s.start.unet))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    restored = checkpoints.restore(abstract, iterator)
+    restored = checkpoints.restore(abstract, batches)
     state = restored
     if state is None:
         state = init_fn(None if s.start.drawn else s.start.make_params())
@@ -92,7 +96,7 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     frozen = jax.device_put(s.sampler.frozen, everywhere)
     key = jax.random.key(c.seed)
     jitted = jax.jit(make_train_step(s.sampler, optimizer, c), donate_argnums=0)
-    batch = parallel.to_global(next(iterator), s.mesh)
+    batch = parallel.to_global(next(batches), s.mesh)
     compile_start = time.perf_counter()
     step_fn = jitted.lower(state, frozen, batch, key).compile()
     log.info("compiled the training step in %.0f s", time.perf_counter() - compile_start)
@@ -109,14 +113,16 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     )
     window: list[dict[str, jax.Array]] = []
     window_start = time.perf_counter()
-    with stop_signals() as received, bar:
+    waited = 0.0  # seconds of the window in which the loop had no batch to go on with
+    with stop_signals() as received, bar, batches:
         for step in range(start + 1, c.num_steps + 1):
             state, metrics = step_fn(state, frozen, batch, key)
             stopping = bool(received)  # read once: a signal that comes later is the next step's
             pausing = stopping or step == c.num_steps or step % c.checkpoint_every == 0 or step % c.eval_every == 0
-            # The next batch is read while the devices compute, except where the iterator's position is to be saved.
+            # The next batch is taken while the devices compute, except where the position in the data is to be saved.
             if not pausing:
-                batch = parallel.to_global(next(iterator), s.mesh)
+                batch, took = _take(batches, s.mesh)
+                waited += took
             if window:
                 jax.block_until_ready(window[-1])  # one step ahead of the devices, no more
             window.append(metrics)
@@ -127,9 +133,10 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
                 seconds = time.perf_counter() - window_start
                 rate = len(window) * c.batch_size / seconds
                 if writer is not None:
-                    writer.scalars(step, means | {"images_per_second": rate, "seconds": seconds})
+                    speed = {"images_per_second": rate, "seconds": seconds, "data_wait": waited / seconds}
+                    writer.scalars(step, means | speed)
                 bar.set_postfix(loss=f"{means['loss']:.4f}", img_s=f"{rate:.1f}")
-                window, window_start = [], time.perf_counter()
+                window, window_start, waited = [], time.perf_counter(), 0.0
 
             if pausing:
                 pause = time.perf_counter()
@@ -138,19 +145,26 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
                     found = s.evaluator.segmentation(state["ema"], frozen, "val", c.eval.limit)
                     if writer is not None:
                         writer.scalars(step, {f"val/{name}": found[name] for name in ("miou", "pixel_accuracy")})
-                checkpoints.save(state, iterator, found and {"miou": found["miou"]})
+                checkpoints.save(state, batches, found and {"miou": found["miou"]})
                 if stopping and step < c.num_steps:
                     checkpoints.close()
                     bar.close()  # so that the message begins a line
                     log.info("stopped by signal %d, saved step %d: run the same command to go on", received[0], step)
                     sys.exit(0)
-                if step < c.num_steps:
-                    batch = parallel.to_global(next(iterator), s.mesh)
                 window_start += time.perf_counter() - pause
+                if step < c.num_steps:
+                    batch, took = _take(batches, s.mesh)
+                    waited += took
     checkpoints.close()
     if writer is not None:
         writer.close()
     return state
+
+
+def _take(batches: Iterator[dict[str, np.ndarray]], mesh: Mesh) -> tuple[dict[str, jax.Array], float]:
+    """The next batch, and the seconds that it took."""
+    start = time.perf_counter()
+    return parallel.to_global(next(batches), mesh), time.perf_counter() - start
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, int | float]:

@@ -15,9 +15,11 @@ from semflow_jax import flow, parallel, solve
 from semflow_jax.codec import Codec, fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.prepare import ensure
-from semflow_jax.data.records import count_records, load_info, open_records, spread_indices
+from semflow_jax.data.records import count_records, final_split, load_info, open_healthy, spread_indices
+from semflow_jax.data.transforms import crop_centre
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.latents import ensure_latents
 from semflow_jax.mask_code import MaskCode, fit_linear_code, make_mask_code
 from semflow_jax.models.build import Params, make_velocity_fn
 from semflow_jax.pipeline import EXPORT, make_config, save_frozen
@@ -26,7 +28,19 @@ from semflow_jax.train.optim import make_schedule
 from semflow_jax.train.start import Start, find_start, resume_start
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
-FREE_KEYS = ("log_every", "eval_every", "checkpoint_every", "eval", "sampling")  # may change when a run goes on
+FREE_KEYS = (  # what such keys begin with may change when a run goes on
+    "batch_size",
+    "checkpoint_every",
+    "cpu_devices",
+    "data.dir",
+    "data.max_corrupt",
+    "data.num_workers",
+    "data.source",
+    "eval.",
+    "eval_every",
+    "log_every",
+    "sampling.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +49,9 @@ class Setup:
 
     config: ConfigDict
     data_dir: str
+    train_dir: str  # what training reads: the same, or its latents
     info: DataInfo
+    final_split: str  # of the figures at the end
     mesh: Mesh
     start: Start
     sampler: Sampler
@@ -60,9 +76,10 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
         codec.latent_shape(tuple(c.data.size), unet.factor)
     data_dir = ensure(c.data)
     info = load_info(data_dir)
-    missing = {"train", "val", "test"} - set(count_records(data_dir))
+    splits = count_records(data_dir)
+    missing = {"train", "val"} - set(splits)
     if missing:
-        raise UserError(f"{data_dir}: splits train, val and test needed, {sorted(missing)} missing; prepare it again")
+        raise UserError(f"{data_dir}: splits train and val needed, {sorted(missing)} missing; prepare it again")
     codec.latent_shape(info.size, unet.factor)
     code = start.code
     if code is None:
@@ -73,7 +90,9 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
         )
     sampler = Sampler(make_velocity_fn(unet), codec, code, start.context)
     evaluator = Evaluator(sampler, data_dir, info, mesh, c)
-    return Setup(c, data_dir, info, mesh, start, sampler, evaluator, make_config(c, unet, codec, code, info))
+    model = make_config(c, unet, codec, code, info)
+    train_dir = ensure_latents(data_dir, codec) if c.data.latents else data_dir
+    return Setup(c, data_dir, train_dir, info, final_split(splits), mesh, start, sampler, evaluator, model)
 
 
 def begin(s: Setup, workdir: pathlib.Path) -> None:
@@ -99,12 +118,22 @@ def check_unchanged(c: ConfigDict, workdir: pathlib.Path) -> None:
     if not path.exists():
         return
     ours, theirs = _plain(c), json.loads(path.read_text())
-    changed = [key for key in ours if key not in FREE_KEYS and ours[key] != theirs.get(key)]
+    changed = [key for key in _changed(ours, theirs) if not key.startswith(FREE_KEYS)]
     if changed:
         raise UserError(
             f"{path}: a run goes on with the config it began with, changed: {', '.join(changed)}; "
             "undo that, or choose another --workdir"
         )
+
+
+def _changed(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys, with dots, that are not alike."""
+    for key in ours | theirs:
+        left, right = ours.get(key), theirs.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from _changed(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}"
 
 
 def _check_values(c: ConfigDict) -> None:
@@ -131,10 +160,10 @@ def _check_batches(c: ConfigDict, mesh: Mesh) -> None:
 
 def _fit(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Codec, MaskCode]:
     """Codec and mask code, fitted to training data where they have something to fit."""
-    records = open_records(data_dir, "train")
+    records = open_healthy(data_dir, "train", c.data.max_corrupt)
 
     def chosen(kind: str) -> Iterator[np.ndarray]:
-        return (records[i][kind] for i in spread_indices(len(records), NUM_FITTED))
+        return (crop_centre(records[i], info.size)[kind] for i in spread_indices(len(records), NUM_FITTED))
 
     if c.codec.name == "patch" and c.codec.whiten:
         codec = make_codec(codec.config, fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten))

@@ -20,7 +20,7 @@ from semflow_jax.models.build import Params
 from semflow_jax.sampling import Frozen, Sampler
 
 TrainState = dict[str, Any]  # step, params, ema, opt_state: a plain dict of arrays
-Batch = dict[str, Array]  # image [b h w 3], label [b h w 1], both uint8
+Batch = dict[str, Array]  # image [b h w 3] or its latents, label [b h w 1]: see `data/pipeline.py`
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -42,7 +42,7 @@ def make_train_step(
 
     def loss_fn(params: Params, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
         key_encode, key_perturb, key_time = jax.random.split(key, 3)
-        z0 = sampler.encode_image(frozen, batch["image"], key_encode)
+        z0 = sampler.image_latent(frozen, batch, key_encode)
         z1 = sampler.encode_mask(frozen, batch["label"], key_perturb)
         t = flow.sample_time(key_time, z0.shape[0], c.loss.time_sampling)
         v = sampler.velocity(params, frozen, flow.interpolate(z0, z1, t), t)

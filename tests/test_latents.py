@@ -1,0 +1,177 @@
+"""latents.py and what reads them: the latents that are kept are the codec's, and training from them is training."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from test_folder import make_folder
+from test_setup import make_config
+
+from semflow_jax import latents
+from semflow_jax.codec import make_kl_codec, make_patch_codec, sample
+from semflow_jax.data.inspect import inspect
+from semflow_jax.data.pipeline import make_train_iterator
+from semflow_jax.data.prepare import prepare
+from semflow_jax.data.records import load_info, open_records
+from semflow_jax.errors import UserError
+from semflow_jax.latents import ensure_latents
+from semflow_jax.mask_code import make_mask_code
+from semflow_jax.models.build import make_fns
+from semflow_jax.models.vae import AutoencoderKL, VAEConfig
+from semflow_jax.sampling import Sampler, to_float
+from semflow_jax.train import loop
+from semflow_jax.train.setup import make_setup
+from semflow_jax.train.writer import read_metrics
+
+SIZE, NUM = (16, 24), 20
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    root = make_folder(tmp_path / "toys", NUM, size=SIZE)
+    (root / "classes.json").write_text('["sky", "left_eye", "right_eye"]')
+    prepare("folder", tmp_path / "data", source=root, size=SIZE, progress=False)
+    return str(tmp_path / "data")
+
+
+@functools.cache
+def make_codec(kind: str):
+    """A codec that is a distribution, and one that is none."""
+    if kind == "patch":
+        return make_patch_codec(2, {})
+    config = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, num_groups=2)
+    abstract, _ = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    return make_kl_codec(
+        config, {path: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) for path, x in abstract.items()}
+    )
+
+
+def make_code(codec):
+    c = ConfigDict({"name": "colour", "palette": "spread", "pixel": 0.1, "region": 0.0})
+    return make_mask_code(c, codec, 3, {})
+
+
+@pytest.mark.parametrize("kind", ["patch", "kl"])
+def test_moments_of_image_and_mirror_image(data_dir, kind):
+    codec = make_codec(kind)
+    place = ensure_latents(data_dir, codec, progress=False)
+    records = open_records(data_dir, "train")
+    found = open_records(place, "train")
+    assert len(found) == len(records)
+    for example, kept in zip(records, found, strict=True):
+        assert kept["id"] == example["id"]
+        np.testing.assert_array_equal(kept["label"], example["label"])
+        both = np.stack([example["image"], example["image"][:, ::-1]])
+        for name, expected in zip(
+            ("mean", "std"), codec.moments(codec.params, to_float(jnp.asarray(both))), strict=True
+        ):
+            assert (name in kept) == (expected is not None)
+            if expected is not None:
+                assert kept[name].dtype == np.float16
+                np.testing.assert_allclose(kept[name], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_once_is_enough_and_a_stop_is_no_loss(data_dir, monkeypatch):
+    codec, calls = make_codec("patch"), []
+    monkeypatch.setattr(latents, "EXAMPLES_PER_SHARD", 6)
+    write_shard = latents.write_shard
+
+    def write(path, info, examples):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write_shard(path, info, examples)
+
+    monkeypatch.setattr(latents, "write_shard", write)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_latents(data_dir, codec, progress=False)
+    with pytest.raises(UserError, match="no such folder"):
+        load_info(f"{data_dir}/latents-patch-{latents.parallel.digest(codec.params)[:12]}")
+    place = ensure_latents(data_dir, codec, progress=False)
+    assert len(calls) == 4  # three shards, one of them twice
+    assert ensure_latents(data_dir, codec, progress=False) == place and len(calls) == 4
+    assert [example["id"] for example in open_records(place, "train")] == [
+        example["id"] for example in open_records(data_dir, "train")
+    ]
+    inspect(data_dir, verify=True)  # the folder is what it was
+
+
+def test_other_weights_are_other_latents(data_dir):
+    codec = make_codec("kl")
+    changed = make_kl_codec(VAEConfig(**codec.config["vae"]), {path: 2 * x for path, x in codec.params.items()})
+    assert ensure_latents(data_dir, codec, progress=False) != ensure_latents(data_dir, changed, progress=False)
+
+
+def test_flips_choose_the_mirror_image_and_its_label(data_dir):
+    place = ensure_latents(data_dir, make_codec("patch"), progress=False)
+    records = {example["mean"].tobytes(): example for example in open_records(place, "train")}
+    by_side = {x["mean"][side].tobytes(): (side, x["label"]) for x in records.values() for side in (0, 1)}
+    sides = []
+    with make_train_iterator(place, 4, seed=1) as batches:
+        for _ in range(12):
+            batch = next(batches)
+            assert batch.keys() == {"mean", "label"}
+            for mean, label in zip(batch["mean"], batch["label"], strict=True):
+                side, expected = by_side[mean.tobytes()]
+                swapped = np.array([0, 2, 1], np.uint8)[expected[:, ::-1]]
+                np.testing.assert_array_equal(label, swapped if side else expected)
+                sides.append(side)
+    assert 0.25 < np.mean(sides) < 0.75
+
+
+@pytest.mark.parametrize("options", [{"crop_scale": (0.5, 1.0)}, {"jitter": 0.2}])
+def test_only_flips(data_dir, options):
+    place = ensure_latents(data_dir, make_codec("patch"), progress=False)
+    with pytest.raises(UserError, match="data.latents: only flips are possible"):
+        make_train_iterator(place, 4, **options)
+
+
+def test_images_of_different_sizes_are_refused(tmp_path):
+    root = make_folder(tmp_path / "toys", 4, size=(20, 48))
+    prepare("folder", tmp_path / "data", source=root, size=(16, 16), fit="cover", progress=False)
+    with pytest.raises(UserError, match="images of one size expected for latents, found fit cover"):
+        ensure_latents(str(tmp_path / "data"), make_codec("patch"), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["patch", "kl"])
+def test_the_step_sees_what_it_would_see(data_dir, kind):
+    """The same key draws the same z_0 from kept moments as from pixels, up to float16."""
+    codec = make_codec(kind)
+    place = ensure_latents(data_dir, codec, progress=False)
+    sampler = Sampler(lambda *_: None, codec, make_code(codec))
+    records, kept = open_records(data_dir, "train"), open_records(place, "train")
+    image = np.stack([records[i]["image"] for i in range(3)])
+    batch = {name: jnp.stack([kept[i][name][0] for i in range(3)]) for name in kept[0] if name in ("mean", "std")}
+    key, frozen = jax.random.key(3), {"codec": codec.params}
+    from_pixels = sampler.image_latent(frozen, {"image": jnp.asarray(image)}, key)
+    np.testing.assert_allclose(sampler.image_latent(frozen, batch, key), from_pixels, rtol=4e-3, atol=4e-3)
+    differs = sampler.image_latent(frozen, batch, jax.random.key(4)) != sampler.image_latent(frozen, batch, key)
+    assert differs.any() == (kind == "kl")
+
+
+def test_samples_have_the_moments():
+    mean, std = jnp.full((50_000,), 3.0), jnp.full((50_000,), 0.5)
+    z = sample(mean, std, jax.random.key(0))
+    assert z.mean() == pytest.approx(3, abs=0.01) and z.std() == pytest.approx(0.5, abs=0.01)
+    np.testing.assert_array_equal(sample(mean, std, None), mean)
+    np.testing.assert_array_equal(sample(mean, None, jax.random.key(0)), mean)
+
+
+@pytest.mark.slow
+def test_a_run_from_latents_is_a_run_from_pixels(data_dir, tmp_path):
+    """Losses of a codec that is no distribution, step by step."""
+    losses = {}
+    for kept in (False, True):
+        changes = {"data.latents": kept, "codec.whiten": 0.0, "data.flip": 0.0, "num_steps": 3, "log_every": 1}
+        changes |= {"batch_size": 4, "eval.batch_size": 4, "eval.limit": 4, "sampling.steps": 1}
+        setup = make_setup(make_config(data_dir, **changes), tmp_path / str(kept))
+        assert (setup.train_dir != data_dir) == kept
+        loop.train(setup, tmp_path / str(kept))
+        losses[kept] = [row["loss"] for row in read_metrics(tmp_path / str(kept)) if "loss" in row]
+    assert len(losses[True]) == 3
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
