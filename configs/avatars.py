@@ -13,12 +13,12 @@ from configs import quickstart
 def get_config():
     c = quickstart.get_config()
     with c.unlocked():
-        c.num_steps = 7000
-        c.data.num_train = 8000
+        c.num_steps = 14_000
+        c.data.num_train = 16_000
         c.data.num_val = 400
+        c.model.block_out_channels = (64, 72, 64)
         c.optim.warmup = 500
         c.optim.ema = 0.999
-        c.sampling.steps = 25
         c.log_every = 50
         c.eval_every = 2000
         c.checkpoint_every = 500
