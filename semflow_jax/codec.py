@@ -12,14 +12,13 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-from semflow_jax import whiten
+from semflow_jax import noise, whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
@@ -56,7 +55,7 @@ class Codec:
     config: dict[str, Any]
 
     def encode(
-        self, params: Params, image: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+        self, params: Params, image: Float[Array, "b h w 3"], key: Key[Array, "..."] | None = None
     ) -> Float[Array, "b hz wz c"]:
         """z of an image in [-1, 1]: a sample with a key, where the codec is a distribution, and the mode without."""
         return sample(*self.moments(params, image), key)
@@ -84,10 +83,10 @@ class Codec:
 
 
 def sample(
-    mean: Float[Array, "*shape"], std: Float[Array, "*shape"] | None, key: PRNGKeyArray | None
+    mean: Float[Array, "*shape"], std: Float[Array, "*shape"] | None, key: Key[Array, "..."] | None
 ) -> Float[Array, "*shape"]:
     """A sample of a normal distribution; its mode without a key, and where it has no width."""
-    return mean if std is None or key is None else mean + std * jax.random.normal(key, std.shape)
+    return mean if std is None or key is None else mean + std * noise.normal(key, std.shape)
 
 
 def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
@@ -129,18 +128,24 @@ def make_patch_codec(factor: int, params: Params) -> Codec:
     )
 
 
-def _make_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = (), place: str = "tensors") -> Codec:
+def make_tiny_codec(name: str, params: Params) -> Codec:
+    """A pretrained tiny autoencoder; `params` may be abstract."""
     vae = TINY_VAES[name]
-    abstract, (encode, decode) = make_fns(lambda: TinyVAE(vae, rngs=nnx.Rngs(0)), "encode", "decode")
+    _, (encode, decode) = make_fns(lambda: TinyVAE(vae, rngs=nnx.Rngs(0)), "encode", "decode")
     return Codec(
         name=name,
         factor=vae.factor,
         channels=vae.latent_channels,
-        params=fill(abstract, tensors, table, place, put=jnp.asarray),
+        params=params,
         moments=lambda p, image: (encode(p, image), None),
         decode=decode,
         config={"name": name},
     )
+
+
+def _load_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = (), place: str = "tensors") -> Codec:
+    abstract, _ = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)))
+    return make_tiny_codec(name, fill(abstract, tensors, table, place, put=jnp.asarray))
 
 
 def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
@@ -172,7 +177,7 @@ def load_codec(c: ConfigDict) -> Codec:
         return make_kl_codec(*load_vae(find_pretrained(str(path)), put=jnp.asarray))
     if not path.is_file():
         raise UserError(f"codec.path: the {c.name} weights, a safetensors file, found none at {path}; download them")
-    return _make_tiny_codec(c.name, load_safetensors(path), TINY_VAE, str(path))
+    return _load_tiny_codec(c.name, load_safetensors(path), TINY_VAE, str(path))
 
 
 def make_codec(config: Mapping[str, Any], tensors: Mapping[str, AnyArray]) -> Codec:
@@ -183,7 +188,7 @@ def make_codec(config: Mapping[str, Any], tensors: Mapping[str, AnyArray]) -> Co
         vae = vae_config(config)
         abstract, _ = make_fns(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)))
         return make_kl_codec(vae, fill(abstract, tensors, place="codec", put=jnp.asarray))
-    return _make_tiny_codec(config["name"], tensors)
+    return _load_tiny_codec(config["name"], tensors)
 
 
 def vae_config(config: Mapping[str, Any]) -> VAEConfig:

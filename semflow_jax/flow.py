@@ -17,7 +17,9 @@ The pairs are given, so no noise enters: integrating dz = v dt from 0 to 1 segme
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
+
+from semflow_jax import noise
 
 TIME_SAMPLINGS = ("uniform", "logit_normal", "u_shaped")
 
@@ -35,7 +37,7 @@ def velocity(z0: Float[Array, "b h w c"], z1: Float[Array, "b h w c"]) -> Float[
     return z1 - z0
 
 
-def sample_time(key: PRNGKeyArray, num: int, sampling: str = "uniform") -> Float[Array, " num"]:
+def sample_time(key: Key[Array, "..."], num: int, sampling: str = "uniform") -> Float[Array, " num"]:
     """Draws times in [0, 1], always in float32: bfloat16 knows 256 values near 1 and no more.
 
     `uniform` is the paper's; `logit_normal` (Esser et al. 2024) favours the middle; `u_shaped` (Lee et al. 2024),
@@ -44,7 +46,7 @@ def sample_time(key: PRNGKeyArray, num: int, sampling: str = "uniform") -> Float
     Raises:
         ValueError: unknown `sampling`.
     """
-    u = jax.random.uniform(key, (num,), jnp.float32)
+    u = noise.uniform(key, (num,))
     if sampling == "uniform":
         return u
     if sampling == "logit_normal":
@@ -54,12 +56,15 @@ def sample_time(key: PRNGKeyArray, num: int, sampling: str = "uniform") -> Float
     raise ValueError(f"time sampling: one of {TIME_SAMPLINGS}, got {sampling!r}")
 
 
-def loss(
+def loss_terms(
     v: Float[Array, "b h w c"], target: Float[Array, "b h w c"], weight: Float[Array, "b h w d"] | None = None
-) -> Float[Array, ""]:
-    """Equation (3) in float32; `weight` (1 or c channels) makes the mean a weighted one, 0 leaving a place out."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Equation (3) in float32 as a quotient, (mean of w e, mean of w), whose terms add up over equal parts of a batch.
+
+    e are the squares; `weight` w (1 or c channels) is 1 by default, and 0 leaves a place out.
+    """
     error = jnp.square(v.astype(jnp.float32) - target.astype(jnp.float32))
     if weight is None:
-        return error.mean()
+        return error.mean(), jnp.ones(())
     weight = jnp.broadcast_to(weight, error.shape)
-    return (weight * error).sum() / jnp.maximum(weight.sum(), 1e-6)
+    return (weight * error).mean(), weight.mean()

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, UInt8
+from jaxtyping import Array, Key, UInt8
 from ml_collections import ConfigDict
 
-from semflow_jax import palette, whiten
+from semflow_jax import noise, palette, whiten
 from semflow_jax.codec import Codec, from_patches, to_patches
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params
@@ -46,7 +46,7 @@ class MaskCode:
     name: str
     colours: UInt8[np.ndarray, "n 3"]
     params: Params
-    encode: Callable[[Params, Params, Array, PRNGKeyArray | None], Array]
+    encode: Callable[[Params, Params, Array, Key[Array, "..."] | None], Array]
     decode: Callable[[Params, Params, Array], Array]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -106,12 +106,12 @@ def make_linear_code(
         components = whiten.analyse(params, one_hot)
         if key is None:
             return jnp.pad(components, ((0, 0), (0, 0), (0, 0), (NUM_TINT, 0)))
-        key_tint, key_noise = jax.random.split(key)
+        key_tint, key_noise = noise.split(key, 2)
         tint = palette.region_tint(key_tint, label, num_classes)
         b, h, w, _ = components.shape
         tint = tint.reshape(b, h, codec.factor, w, codec.factor, NUM_TINT).mean((2, 4))
         z1 = jnp.concatenate([region * tint, components], axis=-1)
-        return z1 + pixel * (jax.random.uniform(key_noise, z1.shape) - 0.5)
+        return z1 + pixel * (noise.uniform(key_noise, z1.shape) - 0.5)
 
     def decode(params, codec_params, z1):
         one_hot = from_patches(whiten.synthesise(params, z1[..., NUM_TINT:]), codec.factor)

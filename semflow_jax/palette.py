@@ -16,8 +16,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
+from semflow_jax import noise
 from semflow_jax.errors import UserError
 
 PALETTES = ("grid", "spread")
@@ -105,14 +106,14 @@ def colourise(
 
 
 def region_tint(
-    key: PRNGKeyArray, label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"], num_classes: int
+    key: Key[Array, "..."], label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"], num_classes: int
 ) -> Float[Array, "b h w 3"]:
     """w[label] - 1/2 of equation (1): one random colour per class of each image, 0 where void."""
-    return _lookup(label, jax.random.uniform(key, (label.shape[0], num_classes, 3)) - 0.5)
+    return _lookup(label, noise.uniform(key, (label.shape[0], num_classes, 3)) - 0.5)
 
 
 def perturb(
-    key: PRNGKeyArray,
+    key: Key[Array, "..."],
     mask_rgb: Float[Array, "b h w 3"],
     label: Int[Array, "b h w 1"] | UInt8[Array, "b h w 1"],
     num_classes: int,
@@ -120,9 +121,9 @@ def perturb(
     region: float,
 ) -> Float[Array, "b h w 3"]:
     """Equation (1)."""
-    key_pixel, key_region = jax.random.split(key)
+    key_pixel, key_region = noise.split(key, 2)
     if pixel:
-        mask_rgb = mask_rgb + pixel * (jax.random.uniform(key_pixel, mask_rgb.shape) - 0.5)
+        mask_rgb = mask_rgb + pixel * (noise.uniform(key_pixel, mask_rgb.shape) - 0.5)
     if region:
         mask_rgb = mask_rgb + region * region_tint(key_region, label, num_classes)
     return mask_rgb

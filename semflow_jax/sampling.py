@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from semflow_jax import solve
 from semflow_jax.codec import Codec, sample
@@ -63,13 +63,13 @@ class Sampler:
         return lambda zt, t: self.velocity(params, frozen, zt, t)
 
     def encode_image(
-        self, frozen: Frozen, image: UInt8[Array, "b h w 3"], key: PRNGKeyArray | None = None
+        self, frozen: Frozen, image: UInt8[Array, "b h w 3"], key: Key[Array, "..."] | None = None
     ) -> Float[Array, "b hz wz c"]:
         """Photo -> z_0; where the codec is a distribution, a sample with a key and the mode without."""
         return self.codec.encode(frozen["codec"], to_float(image), key)
 
     def image_latent(
-        self, frozen: Frozen, batch: Mapping[str, Array], key: PRNGKeyArray | None
+        self, frozen: Frozen, batch: Mapping[str, Array], key: Key[Array, "..."] | None
     ) -> Float[Array, "b hz wz c"]:
         """z_0 of a training batch: of its "image", or drawn from the moments that were kept of it."""
         if "mean" not in batch:
@@ -78,7 +78,7 @@ class Sampler:
         return sample(batch["mean"].astype(jnp.float32), std, key)
 
     def encode_mask(
-        self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: PRNGKeyArray | None = None
+        self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: Key[Array, "..."] | None = None
     ) -> Float[Array, "b hz wz c"]:
         """Class ids -> z_1, perturbed where a key is given."""
         return self.code.encode(frozen["code"], frozen["codec"], label, key)
@@ -99,11 +99,11 @@ class Sampler:
         params: Params,
         frozen: Frozen,
         label: UInt8[Array, "b h w 1"],
-        key: PRNGKeyArray,
+        key: Key[Array, "..."],
         steps: int,
         solver: str,
     ) -> UInt8[Array, "b h w 3"]:
-        """Class ids -> photo: t from 1 to 0; another key, another photo of the same mask."""
+        """Class ids -> photo: t from 1 to 0; another key, another photo of the same mask. See `noise` for keys [b]."""
         z1 = self.encode_mask(frozen, label, key)
         z0 = solve.mask_to_image(self._field(params, frozen), z1, steps, solver)
         return to_uint8(self.codec.decode(frozen["codec"], z0))

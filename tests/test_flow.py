@@ -82,18 +82,24 @@ def test_unknown_time_sampling():
         flow.sample_time(jax.random.key(0), 4, "normal")
 
 
+def loss(v, target, weight=None):
+    """The quotient that the terms stand for."""
+    error, total = flow.loss_terms(v, target, weight)
+    return error / jnp.maximum(total, 1e-6)
+
+
 def test_loss_is_the_mean_square_error():
     v, target = make_pair()
     expected = np.mean((np.asarray(v, np.float64) - np.asarray(target, np.float64)) ** 2)
-    np.testing.assert_allclose(flow.loss(v, target), expected, rtol=1e-6)
-    assert flow.loss(target, target) == 0
+    np.testing.assert_allclose(loss(v, target), expected, rtol=1e-6)
+    assert loss(target, target) == 0
 
 
 def test_loss_of_half_precision_is_taken_in_float32():
     v, target = (x.astype(jnp.bfloat16) for x in make_pair())
-    expected = flow.loss(v.astype(jnp.float32), target.astype(jnp.float32))
-    assert flow.loss(v, target).dtype == jnp.float32
-    assert flow.loss(v, target) == expected
+    expected = loss(v.astype(jnp.float32), target.astype(jnp.float32))
+    assert loss(v, target).dtype == jnp.float32
+    assert loss(v, target) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -102,21 +108,31 @@ def test_loss_is_a_weighted_mean(channels):
     weight = jax.random.uniform(jax.random.key(2), (*SHAPE[:3], channels))
     error = (np.asarray(v, np.float64) - np.asarray(target, np.float64)) ** 2
     expected = np.average(error, weights=np.broadcast_to(weight, SHAPE))
-    np.testing.assert_allclose(flow.loss(v, target, weight), expected, rtol=1e-5)
-    np.testing.assert_allclose(flow.loss(v, target, 7 * weight), expected, rtol=1e-5)
-    np.testing.assert_allclose(flow.loss(v, target, jnp.ones_like(weight)), error.mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss(v, target, weight), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(v, target, 7 * weight), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(v, target, jnp.ones_like(weight)), error.mean(), rtol=1e-5)
 
 
 def test_places_of_weight_zero_have_no_say():
     v, target = make_pair()
     weight = jnp.ones((*SHAPE[:3], 1)).at[:, 1].set(0)
     wild = v.at[:, 1].add(1000.0)
-    assert flow.loss(wild, target, weight) == flow.loss(v, target, weight) != flow.loss(wild, target)
-    gradient = jax.grad(flow.loss)(wild, target, weight)
+    assert loss(wild, target, weight) == loss(v, target, weight) != loss(wild, target)
+    gradient = jax.grad(loss)(wild, target, weight)
     assert not gradient[:, 1].any() and gradient[:, 0].all()
 
 
 def test_a_batch_of_void_costs_nothing():
     v, target = make_pair()
-    loss, gradient = jax.value_and_grad(flow.loss)(v, target, jnp.zeros((*SHAPE[:3], 1)))
-    assert loss == 0 and not gradient.any()
+    value, gradient = jax.value_and_grad(loss)(v, target, jnp.zeros((*SHAPE[:3], 1)))
+    assert value == 0 and not gradient.any()
+
+
+def test_terms_of_equal_parts_add_up():
+    v, target = make_pair()
+    weight = jnp.arange(np.prod(SHAPE[:3]), dtype=jnp.float32).reshape(*SHAPE[:3], 1)
+    parts = [flow.loss_terms(*(x[:, part] for x in (v, target, weight))) for part in (slice(0, 2), slice(2, 4))]
+    error, total = (a + b for a, b in zip(*parts, strict=True))
+    np.testing.assert_allclose(error / total, loss(v, target, weight), rtol=1e-6)
+    mean_of_means = np.mean([a / b for a, b in parts])
+    assert abs(mean_of_means - error / total) > 1e-3

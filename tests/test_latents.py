@@ -115,7 +115,7 @@ def test_flips_choose_the_mirror_image_and_its_label(data_dir):
     with make_train_iterator(place, 4, seed=1) as batches:
         for _ in range(12):
             batch = next(batches)
-            assert batch.keys() == {"mean", "label"}
+            assert batch.keys() == {"mean", "label", "index"}
             for mean, label in zip(batch["mean"], batch["label"], strict=True):
                 side, expected = by_side[mean.tobytes()]
                 swapped = np.array([0, 2, 1], np.uint8)[expected[:, ::-1]]

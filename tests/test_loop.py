@@ -1,18 +1,6 @@
-"""train/loop.py: signals and sums; whole runs are in test_main.py."""
-
-import os
-import signal
+"""train/loop.py: sums; whole runs are in test_main.py and test_distributed.py."""
 
 from semflow_jax.train import loop
-
-
-def test_signals_are_noted_and_handlers_given_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with loop.stop_signals() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert sorted(received) == [signal.SIGINT, signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_summary_counts_resumed_runs():

@@ -16,7 +16,7 @@ from semflow_jax.data import pipeline
 from semflow_jax.data.builders import write_records
 from semflow_jax.data.info import VOID, DataInfo
 from semflow_jax.data.pipeline import TrainBatches, make_eval_batches, make_stream, make_train_iterator
-from semflow_jax.data.records import CorruptRecord, Healthy
+from semflow_jax.data.records import CorruptRecord, Healthy, open_records
 from semflow_jax.errors import UserError
 
 NUM, SIZE = 10, (16, 24)
@@ -66,7 +66,7 @@ def assert_equal(left: list[dict], right: list[dict]):
 
 def test_batches_hold_the_records(data_dir):
     for batch in take(data_dir, 4, 3, flip=0.0):
-        assert batch.keys() == {"image", "label"}
+        assert batch.keys() == {"image", "label", "index"}
         assert batch["image"].shape == (3, *SIZE, 3) and batch["label"].shape == (3, *SIZE, 1)
         assert batch["image"].dtype == batch["label"].dtype == np.uint8
         for image, label in zip(batch["image"], batch["label"], strict=True):
@@ -132,7 +132,9 @@ def test_a_position_far_off_is_reached_at_once(data_dir):
         far = next(batches)
         assert time.perf_counter() - start < 2
     assert batches.seen == 10**9 + 10
-    assert_equal([far], [{name: x[2:] for name, x in take(data_dir, 1, 6, 10**9 + 4)[0].items()}])
+    assert far.pop("index").tolist() == [0, 1, 2, 3]
+    near = take(data_dir, 1, 6, 10**9 + 4)[0]
+    assert_equal([far], [{name: near[name][2:] for name in far}])
     assert len(set(numbers([far]))) == 4
 
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitions(unhurried, num, process_count, batch_size, seed):
         assert sorted(epoch) == list(range(num))
 
 
+def test_examples_know_their_place_and_name(data_dir):
+    """Over all processes the indices of a batch are 0 to n - 1, and lead to the example's name."""
+    labels = {example["id"]: example["label"] for example in open_records(data_dir, "train")}
+    indices = []
+    for p in range(2):
+        with make_train_iterator(data_dir, 3, flip=0.0, process_index=p, process_count=2) as batches:
+            batches.seek(12)
+            batch, names = next(batches), batches.ids(12, 6)
+            indices += batch["index"].tolist()
+            for i, label in zip(batch["index"], batch["label"], strict=True):
+                np.testing.assert_array_equal(label, labels[names[i]])
+    assert sorted(indices) == list(range(6))
+
+
 @few
 @given(num=st.integers(1, 12), steps=steps_strategy, seen=st.integers(0, 50), seed=st.integers(0, 99))
 def test_a_run_goes_on_with_other_processes_and_batches(unhurried, num, steps, seen, seed):
@@ -239,7 +255,7 @@ def test_corrupt_records_are_told_of_once_and_counted(caplog):
     stream = make_stream(Healthy(Numbers(10, {3, 4, 8}), 3), 0)
     with TrainBatches(stream, 4, limit=3) as batches, caplog.at_level(logging.WARNING, "semflow_jax"):
         batch = [next(batches) for _ in range(10)][0]
-    assert batch.keys() == {"image", "label"}
+    assert batch.keys() == {"image", "label", "index"}
     assert sorted(record.getMessage() for record in caplog.records) == [
         f"record {i} is corrupt (the next one takes its place)" for i in (3, 4, 8)
     ]

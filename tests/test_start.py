@@ -1,9 +1,7 @@
 """train/start.py: what `c.init` names is what a run starts from, and goes on with."""
 
-import contextlib
 import dataclasses
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,12 @@ from test_folder import make_folder
 from test_pipeline_model import CLASS_NAMES, SIZE
 
 from configs import base
+from semflow_jax import parallel
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
 from semflow_jax.pipeline import SemFlow
-from semflow_jax.train import loop
+from semflow_jax.train import guard, loop
 from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.setup import begin, make_setup
 from semflow_jax.train.start import find_start
@@ -93,7 +92,7 @@ def test_a_run_from_a_flow_of_ours(flow, saved, data_dir, tmp_path, monkeypatch)
         return loop.train(make_setup(make_config(data_dir, saved), workdir), workdir)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(loop, "stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        patch.setattr(guard.StopSignals, "asked", lambda self, step: True)
         train(tmp_path / "parts")
     assert caught.value.code == 0
     half = SemFlow.from_pretrained(tmp_path / "parts")
@@ -159,8 +158,8 @@ def test_from_stable_diffusion(sd, sd_flow, large_data_dir, tmp_path):
     assert to_json(setup.model["codec"]) == to_json(sd_flow.codec.config)
 
     optimizer = make_optimizer(c.optim, c.num_steps)
-    step = jax.jit(make_train_step(sampler, optimizer, c))
-    batch = {name: x for name, x in next(make_train_iterator(large_data_dir, 2)).items() if name in ("image", "label")}
+    step = jax.jit(make_train_step(sampler, optimizer, c, parallel.make_mesh()))
+    batch = next(make_train_iterator(large_data_dir, 2))
     key = jax.random.key(0)
 
     def run(**changes):

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from semflow_jax import parallel
 from semflow_jax.errors import UserError
 from semflow_jax.models import attention as attention_module
 from semflow_jax.models import layers
@@ -356,3 +358,29 @@ def test_a_config_of_diffusers_that_is_another_network(key, value):
     with pytest.raises(UserError, match=rf"unet/config.json, {key}: must be .*, found {re.escape(repr(value))}: ") as e:
         UNetConfig.from_diffusers(SD2 | {key: value})
     assert "\n" not in str(e.value)
+
+
+def test_the_tpu_kernel_is_attention():
+    """Interpreted; forward and backward."""
+    q, k, v = (jax.random.normal(key, (1, 128, 2, 40)) for key in jax.random.split(jax.random.key(0), 3))
+
+    def both(form):
+        return jax.value_and_grad(lambda *x: jnp.sin(form(*x)).sum(), (0, 1, 2))(q, k, v)
+
+    found = both(functools.partial(attention_module.splash, interpret=True))
+    for ours, expected in zip(jax.tree.leaves(found), jax.tree.leaves(both(attention_module._plain)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_keys", "kernel"), [(1024, True), (77, False)])
+def test_the_tpu_kernel_is_for_devices_that_run_alone(num_keys, kernel):
+    """The partitioner would refuse it; few keys don't need it."""
+    mesh = parallel.make_mesh()
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 40), jnp.bfloat16) for n in (1024, num_keys))
+
+    def lower(fn):
+        return jax.jit(fn).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+
+    alone = jax.shard_map(attention, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    assert ("tpu_custom_call" in lower(alone)) == kernel
+    assert "tpu_custom_call" not in lower(attention)

@@ -104,13 +104,18 @@ def run_chunk(function: ChunkFn, chunk: Sequence[Item], place: pathlib.Path, suf
 @contextlib.contextmanager
 def alone(partial: pathlib.Path) -> Iterator[None]:
     """Makes the folder, and keeps other processes out while this one works in it."""
-    partial.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(partial / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"{partial}: another process is at it, waiting")
-        lock.acquire()
+    waiting = False
+    while not lock.is_locked:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0.5 if waiting else 0)
+        except filelock.Timeout:
+            if not waiting:
+                print(f"{partial}: another process is at it, waiting")
+            waiting = True
+        except FileNotFoundError:  # the other has finished, and the folder is no more
+            pass
     try:
         yield
     finally:

@@ -29,8 +29,9 @@ THREADS_OF_WORKER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class TrainBatches:
-    """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1]} of a stream; read ahead in the background.
-    Of a cache of latents they hold "mean", and "std" of codecs that have one, float16 [b hz wz c], for the image.
+    """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1], "index": int32 [b]} of a stream; read ahead
+    in the background. Of a cache of latents they hold "mean", and "std" of codecs that have one, float16 [b hz wz c],
+    for the image. The index is an example's place in the batch of all processes.
 
     Process p of n takes every n-th example, from p on: what all of them get at a time are the next examples of the
     stream. Close it, or use it as a context; worker processes end then.
@@ -53,6 +54,7 @@ class TrainBatches:
         _check_processes(batch_size, process_index, process_count)
         self.seen = 0
         self._stream = stream
+        self._index = np.arange(batch_size, dtype=np.int32) * process_count + process_index
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._process_index = process_index
@@ -70,7 +72,11 @@ class TrainBatches:
         batch = next(self._iterator)
         self._note(batch.pop("corrupt"))
         self.seen += self._batch_size * self._process_count
-        return batch
+        return batch | {"index": self._index}
+
+    def ids(self, first: int, num: int) -> list[str]:
+        """Names of `num` examples of the stream."""
+        return [self._stream[k]["id"] for k in range(first, first + num)]
 
     def seek(self, seen: int) -> None:
         """Goes to a position, at once however far; what was read ahead is forgotten."""
@@ -91,7 +97,7 @@ class TrainBatches:
     def _open(self) -> grain.DatasetIterator:
         # Grain's generators are keyed by position in the stream: sliced any earlier, all processes would flip alike.
         examples = self._stream[self.seen + self._process_index :: self._process_count]
-        batches = examples.batch(self._batch_size, drop_remainder=True)
+        batches = examples.map(_without_id).batch(self._batch_size, drop_remainder=True)
         if not self._num_workers:
             return iter(batches.to_iter_dataset(THREADS))
         if (
@@ -174,7 +180,7 @@ def make_stream(
 
     An example, its augmentations included, depends on its position and the seed only.
     """
-    stream = grain.MapDataset.source(records).seed(seed).shuffle().repeat().map(_without_id)
+    stream = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
     for augmentation in augmentations:
         stream = stream.random_map(augmentation)
     return stream
@@ -214,7 +220,7 @@ def make_eval_batches(
     process_count: int = 1,
     limit: int | None = None,
 ) -> grain.DatasetIterator:
-    """One pass over a split, in order: {"image", "label", "valid": bool [b], "id": list of b str}.
+    """One pass over a split, in order: {"image", "label", "valid": bool [b], "index": int32 [b], "id": list of b str}.
 
     Every process gets the same number of batches. Batch k of all processes, one after another, is the k-th piece of the
     split; where it ends, batches are padded with black images, void labels, `valid` False and empty ids.
@@ -235,19 +241,22 @@ def make_eval_batches(
     starts = range(process_index * batch_size, -(-len(chosen) // global_batch) * global_batch, global_batch)
 
     def load(k: int) -> dict[str, Any]:
-        return _padded_batch(records, chosen[starts[k] : starts[k] + batch_size], batch_size, size)
+        return _padded_batch(records, chosen, starts[k], batch_size, size)
 
     return iter(grain.MapDataset.range(len(starts)).map(load).to_iter_dataset(THREADS))
 
 
-def _padded_batch(records: Records, indices: list[int], batch_size: int, size: tuple[int, int]) -> dict[str, Any]:
-    examples = [transforms.crop_centre(records[i], size) for i in indices]
+def _padded_batch(
+    records: Records, chosen: list[int], start: int, batch_size: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    examples = [transforms.crop_centre(records[i], size) for i in chosen[start : start + batch_size]]
     void = {"image": np.zeros((*size, 3), np.uint8), "label": np.full((*size, 1), VOID, np.uint8), "id": ""}
     padded = examples + (batch_size - len(examples)) * [void]
     return {
         "image": np.stack([example["image"] for example in padded]),
         "label": np.stack([example["label"] for example in padded]),
         "valid": np.arange(len(padded)) < len(examples),
+        "index": np.arange(start, start + batch_size, dtype=np.int32),
         "id": [example["id"] for example in padded],
     }
 

@@ -1,24 +1,22 @@
 """The run, on one page: build, restore, step, log, evaluate, save, stop when asked."""
 
-import contextlib
+import dataclasses
 import logging
 import pathlib
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from semflow_jax import parallel
-from semflow_jax.data.pipeline import make_train_iterator
+from semflow_jax.data.pipeline import TrainBatches, make_train_iterator
 from semflow_jax.models.build import abstract_unet, count_params
 from semflow_jax.train.checkpoint import Checkpoints
+from semflow_jax.train.guard import StopSignals, Watchdog, check_finite
 from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.setup import Setup, begin
 from semflow_jax.train.step import TrainState, make_state, make_train_step
@@ -27,16 +25,13 @@ from semflow_jax.train.writer import Writer
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; the loop looks between two steps."""
-    received: list[int] = []
-    old = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A step that the devices may still be busy with."""
+
+    step: int
+    first: int  # position in the stream of its first example
+    metrics: dict[str, jax.Array]
 
 
 def train(s: Setup, workdir: pathlib.Path) -> TrainState:
@@ -44,43 +39,33 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
 
     A stop signal saves and exits with code 0; a killed run goes on from its last checkpoint. Either way the parameters
     end up bitwise as if nothing had happened.
+
+    Raises:
+        UserError: a loss that is no number; checkpoints that can't be read.
     """
     c = s.config
     main_process = jax.process_index() == 0
 
     # State first: its shapes tell what a checkpoint must hold.
     optimizer = make_optimizer(c.optim, c.num_steps)
-    everywhere = parallel.replicated(s.mesh)
+    abstract = jax.eval_shape(lambda params: make_state(params, optimizer), abstract_unet(s.start.unet))
+    layout = parallel.shardings(abstract, s.mesh)
     # It runs once: on a CPU, optimising it would take many times as long as running it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init_fn = jax.jit(
         lambda params: make_state(s.start.make_params() if params is None else params, optimizer),
         donate_argnums=0,
-        out_shardings=everywhere,
+        out_shardings=layout,
         compiler_options=options,
     )
-    batches = make_train_iterator(
-        s.train_dir,
-        parallel.local_batch_size(c.batch_size, s.mesh),
-        seed=c.seed,
-        flip=c.data.flip,
-        crop_scale=c.data.crop_scale,
-        crop_ratio=c.data.crop_ratio,
-        jitter=c.data.jitter,
-        max_corrupt=c.data.max_corrupt,
-        num_workers=c.data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = make_batches(s)
     # From here on the run has begun: every value has been checked.
     begin(s, workdir)
     checkpoints = Checkpoints(workdir)
-    shapes = jax.eval_shape(init_fn, None if s.start.drawn else abstract_unet(s.start.unet))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-    restored = checkpoints.restore(abstract, batches)
-    state = restored
+    placed = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, layout)
+    state = checkpoints.restore(placed, batches)
     if state is None:
-        state = init_fn(None if s.start.drawn else s.start.make_params())
+        state = init_fn(None if s.start.drawn else parallel.place(s.start.make_params(), layout["params"]))
     start = int(state["step"])
     if main_process:
         if start:
@@ -93,13 +78,14 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         checkpoints.close()
         return state
 
-    frozen = jax.device_put(s.sampler.frozen, everywhere)
+    frozen = parallel.everywhere(s.sampler.frozen, s.mesh)
     key = jax.random.key(c.seed)
-    jitted = jax.jit(make_train_step(s.sampler, optimizer, c), donate_argnums=0)
-    batch = parallel.to_global(next(batches), s.mesh)
+    jitted = jax.jit(make_train_step(s.sampler, optimizer, c, s.mesh), donate_argnums=0)
+    first, batch, _ = _take(batches, s)
     compile_start = time.perf_counter()
     step_fn = jitted.lower(state, frozen, batch, key).compile()
     log.info("compiled the training step in %.0f s", time.perf_counter() - compile_start)
+    parallel.wait_for_all("the training step is compiled")
 
     writer = Writer(workdir, start) if main_process else None
     bar = tqdm(
@@ -111,24 +97,30 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
         smoothing=0.05,
         mininterval=0.5 if sys.stderr.isatty() else 15,
     )
-    window: list[dict[str, jax.Array]] = []
+    running: list[Running] = []
+    window: list[dict[str, float]] = []
     window_start = time.perf_counter()
     waited = 0.0  # seconds of the window in which the loop had no batch to go on with
-    with stop_signals() as received, bar, batches:
+    with StopSignals() as signals, Watchdog(c.hang_seconds) as watchdog, bar, batches:
         for step in range(start + 1, c.num_steps + 1):
             state, metrics = step_fn(state, frozen, batch, key)
-            stopping = bool(received)  # read once: a signal that comes later is the next step's
+            running.append(Running(step, first, metrics))
+            stopping = signals.asked(step)
+            telling = step % c.log_every == 0 or step == c.num_steps
             pausing = stopping or step == c.num_steps or step % c.checkpoint_every == 0 or step % c.eval_every == 0
             # The next batch is taken while the devices compute, except where the position in the data is to be saved.
             if not pausing:
-                batch, took = _take(batches, s.mesh)
+                first, batch, took = _take(batches, s)
                 waited += took
-            if window:
-                jax.block_until_ready(window[-1])  # one step ahead of the devices, no more
-            window.append(metrics)
+            # The devices are one step ahead, no more; what is logged or saved has been looked at.
+            while len(running) > (0 if telling or pausing else 1):
+                done = running.pop(0)
+                window.append({name: float(x) for name, x in done.metrics.items()})
+                check_finite(window[-1], done.step, batches, done.first, c.batch_size, workdir)
+                watchdog.alive()
             bar.update()
 
-            if step % c.log_every == 0 or step == c.num_steps:
+            if telling:
                 means = {name: float(np.mean([m[name] for m in window])) for name in metrics}
                 seconds = time.perf_counter() - window_start
                 rate = len(window) * c.batch_size / seconds
@@ -149,11 +141,11 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
                 if stopping and step < c.num_steps:
                     checkpoints.close()
                     bar.close()  # so that the message begins a line
-                    log.info("stopped by signal %d, saved step %d: run the same command to go on", received[0], step)
+                    log.info("stopped by a signal, saved step %d: run the same command to go on", step)
                     sys.exit(0)
                 window_start += time.perf_counter() - pause
                 if step < c.num_steps:
-                    batch, took = _take(batches, s.mesh)
+                    first, batch, took = _take(batches, s)
                     waited += took
     checkpoints.close()
     if writer is not None:
@@ -161,10 +153,29 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     return state
 
 
-def _take(batches: Iterator[dict[str, np.ndarray]], mesh: Mesh) -> tuple[dict[str, jax.Array], float]:
-    """The next batch, and the seconds that it took."""
-    start = time.perf_counter()
-    return parallel.to_global(next(batches), mesh), time.perf_counter() - start
+def make_batches(s: Setup) -> TrainBatches:
+    """This process's part of the training data."""
+    c = s.config
+    part, num_parts = parallel.batch_share(s.mesh)
+    return make_train_iterator(
+        s.train_dir,
+        parallel.local_batch_size(c.batch_size, s.mesh),
+        seed=c.seed,
+        flip=c.data.flip,
+        crop_scale=c.data.crop_scale,
+        crop_ratio=c.data.crop_ratio,
+        jitter=c.data.jitter,
+        max_corrupt=c.data.max_corrupt,
+        num_workers=c.data.num_workers,
+        process_index=part,
+        process_count=num_parts,
+    )
+
+
+def _take(batches: TrainBatches, s: Setup) -> tuple[int, dict[str, jax.Array], float]:
+    """The position of the next batch, the batch, and the seconds that it took."""
+    start, first = time.perf_counter(), batches.seen
+    return first, parallel.to_global(next(batches), s.mesh), time.perf_counter() - start
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, int | float]:

@@ -38,7 +38,10 @@ FREE_KEYS = (  # what such keys begin with may change when a run goes on
     "data.source",
     "eval.",
     "eval_every",
+    "hang_seconds",
     "log_every",
+    "mesh.",
+    "optim.accum_steps",
     "sampling.",
 )
 
@@ -67,8 +70,8 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     """
     check_unchanged(c, workdir)
     _check_values(c)
-    mesh = parallel.make_mesh()
-    _check_batches(c, mesh)
+    mesh = parallel.make_mesh(c.mesh)
+    _check_mesh(c, mesh)
     begun = (workdir / "config.json").exists()
     start = resume_start(workdir / EXPORT, c) if begun else find_start(c)
     codec, unet = start.codec, start.unet
@@ -98,9 +101,12 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
 def begin(s: Setup, workdir: pathlib.Path) -> None:
     """Writes what a run goes on with: the frozen parts and the shape of its model, then, once, its config."""
     path = workdir / "config.json"
-    if jax.process_index() == 0 and not path.exists():
-        save_frozen(workdir / EXPORT, s.model, s.sampler.codec, s.sampler.code, s.sampler.context)
-    path.write_text(json.dumps(_plain(s.config), indent=2))
+    parallel.wait_for_all("every process knows whether the run had begun")
+    if jax.process_index() == 0:
+        if not path.exists():
+            save_frozen(workdir / EXPORT, s.model, s.sampler.codec, s.sampler.code, s.sampler.context)
+        path.write_text(json.dumps(_plain(s.config), indent=2))
+    parallel.wait_for_all("the run has begun")
 
 
 def _plain(c: ConfigDict) -> dict[str, Any]:
@@ -148,13 +154,22 @@ def _check_values(c: ConfigDict) -> None:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
 
 
-def _check_batches(c: ConfigDict, mesh: Mesh) -> None:
+def _check_mesh(c: ConfigDict, mesh: Mesh) -> None:
     parallel.local_batch_size(c.batch_size, mesh)
     parallel.local_batch_size(c.eval.batch_size, mesh, "eval.batch_size")
-    if c.batch_size % (c.optim.accum_steps * mesh.size):
+    shards = parallel.num_batch_shards(mesh)
+    if c.optim.accum_steps < 1 or c.batch_size % (c.optim.accum_steps * shards):
         raise UserError(
             f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
-            f"got {c.optim.accum_steps} x {mesh.size}; change one of them"
+            f"got {c.optim.accum_steps} x {shards}; change one of them"
+        )
+    if c.optim.flatten and mesh.shape["data"] != mesh.size:
+        raise UserError(
+            "optim.flatten: one vector of moments can't be sharded; set it to False, or mesh.fsdp and tensor to 1"
+        )
+    if c.mesh.explicit and mesh.shape["tensor"] > 1:
+        raise UserError(
+            f"mesh.explicit: layers can't be split in it, got mesh.tensor {mesh.shape['tensor']}; set one of them back"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from semflow_jax.codec import Codec, load_codec, make_kl_codec
@@ -68,7 +69,7 @@ def find_start(c: ConfigDict) -> Start:
     codec = make_kl_codec(*load_vae(path, put=jnp.asarray)) if c.codec.name == "kl" else load_codec(c.codec)
     context = jnp.asarray(load_context(path))
     check_parts(unet, codec, context)
-    return Start(unet, codec, None, context, lambda: read(lambda x: jnp.asarray(x, dtype)), drawn=False)
+    return Start(unet, codec, None, context, lambda: read(lambda x: np.asarray(x, dtype)), drawn=False)
 
 
 def resume_start(export: pathlib.Path, c: ConfigDict) -> Start:

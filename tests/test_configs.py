@@ -1,0 +1,59 @@
+"""configs/: each recipe of a data set trains, from the files as they are downloaded."""
+
+import importlib
+
+import numpy as np
+import pytest
+import raw_trees
+
+from configs import base
+from semflow_jax.train import loop
+from semflow_jax.train.setup import make_setup
+from semflow_jax.train.writer import read_metrics
+
+SMALL = {
+    "batch_size": 2,
+    "num_steps": 2,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "data.num_train": 8,
+    "data.num_val": 2,
+    "data.num_workers": 0,
+    "eval.batch_size": 2,
+    "eval.limit": 2,
+    "sampling.steps": 1,
+}
+
+
+def load(name: str, **changes):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("celebamask_hq", (64, 64)), ("coco_stuff", (64, 64)), ("cityscapes", (64, 128)), ("ade20k", (64, 64))],
+)
+def test_recipes_of_data_sets_train(sd, tmp_path, name, size):
+    getattr(raw_trees, f"make_{name}")(tmp_path / "raw", 24)
+    changes = SMALL | {"init": str(sd.path), "data.source": str(tmp_path / "raw"), "data.size": size}
+    c = load(name, **changes, **{"data.dir": str(tmp_path / "data")})
+    setup = make_setup(c, tmp_path / "run")
+    assert setup.info.name == name and setup.info.fit == c.data.fit and setup.final_split in ("test", "val")
+    loop.train(setup, tmp_path / "run")
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("name", ["ade20k", "avatars", "camvid", "celebamask_hq", "cityscapes", "coco_stuff", "folder"])
+def test_recipes_know_only_keys_of_base(name):
+    """A key that base does not explain would be read by nothing."""
+
+    def keys(c, prefix=""):
+        for key, value in c.items():
+            yield from keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [f"{prefix}{key}"]
+
+    assert set(keys(load(name))) == set(keys(base.get_config()))
