@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.codec.name = "patch"  # patch | kl | taesd | taesd3 | taef1 | taef2 | taesana
     c.codec.factor = 4  # side of a patch, for patch
     c.codec.whiten = 0.0  # evens out the spread of patches: 0 leaves it, 1 makes all directions alike, for patch
+    c.codec.dtype = "float32"  # kl computes in it; bfloat16 on accelerators
     c.codec.path = ""  # weights, for the others; $VARIABLES expand; kl takes those of `init` where there is one
 
     c.mask_code = ConfigDict()

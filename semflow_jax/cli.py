@@ -1,4 +1,4 @@
-"""The `semflow` command: prepare and inspect data; segment, synthesize and evaluate with a trained model."""
+"""The `semflow` command: prepare and inspect data; plan; segment, synthesize and evaluate with a trained model."""
 
 import argparse
 import json
@@ -27,6 +27,7 @@ from semflow_jax.latents import ensure_latents
 from semflow_jax.models.build import count_params
 from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.pipeline import SemFlow, shipped
+from semflow_jax.plan import command as plan
 from semflow_jax.solve import SOLVERS
 
 
@@ -175,8 +176,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semflow", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(function, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__, help=text, description=text)
+    def add(function, text: str, name: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name or function.__name__, help=text, description=text)
         command.set_defaults(function=function)
         return command
 
@@ -232,6 +233,9 @@ def make_parser() -> argparse.ArgumentParser:
     c.add_argument("--classes", type=pathlib.Path, help="classes.json with the names of the class ids, for --unet")
     c.add_argument("--revision", help="branch, tag or commit of a hub repository")
     c.add_argument("--offline", action="store_true", help="only what was downloaded before")
+
+    c = add(plan.run, "memory and speed of a config on TPUs that are not there", name="plan")
+    plan.add_arguments(c)
 
     c = add(evaluate, "figures of a model on a prepared data set")
     c.add_argument("--checkpoint", required=True, help=checkpoint)

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,6 +23,7 @@ from semflow_jax import noise, whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
+from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.models.vae import AutoencoderKL, VAEConfig
 from semflow_jax.weights.export import to_torch
 from semflow_jax.weights.keys import TINY_VAE, Table
@@ -149,8 +151,9 @@ def _load_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = 
 
 
 def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
-    """Stable Diffusion's autoencoder; images are sampled where a key is given."""
-    _, (moments, decode) = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "moments", "decode")
+    """Stable Diffusion's autoencoder; images are sampled where a key is given. What it returns is float32."""
+    _, fns = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "moments", "decode")
+    moments, decode = (lambda *args, fn=fn: jax.tree.map(lambda x: x.astype(jnp.float32), fn(*args)) for fn in fns)
     return Codec(
         name="AutoencoderKL",
         factor=config.factor,
@@ -162,8 +165,10 @@ def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
     )
 
 
-def load_codec(c: ConfigDict) -> Codec:
+def load_codec(c: ConfigDict, pretrained: pathlib.Path | None = None) -> Codec:
     """The codec of a training config, with the weights at `c.path` ($VARIABLES expand); `patch` is not fitted yet.
+
+    Args: pretrained: where `kl` finds its weights instead.
 
     Raises:
         UserError: an unknown name; weights that are missing, broken or another network's.
@@ -174,7 +179,10 @@ def load_codec(c: ConfigDict) -> Codec:
         return make_patch_codec(c.factor, {})
     path = pathlib.Path(os.path.expandvars(c.path)).expanduser()
     if c.name == "kl":
-        return make_kl_codec(*load_vae(find_pretrained(str(path)), put=jnp.asarray))
+        if c.dtype not in DTYPES:
+            raise UserError(f"codec.dtype: one of {DTYPES}, got {c.dtype!r}")
+        config, params = load_vae(pretrained or find_pretrained(str(path)), put=jnp.asarray)
+        return make_kl_codec(dataclasses.replace(config, dtype=c.dtype), params)
     if not path.is_file():
         raise UserError(f"codec.path: the {c.name} weights, a safetensors file, found none at {path}; download them")
     return _load_tiny_codec(c.name, load_safetensors(path), TINY_VAE, str(path))

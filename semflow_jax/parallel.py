@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from orbax.checkpoint import multihost
@@ -104,7 +104,9 @@ def make_mesh(shape: Mapping[str, int] | ConfigDict | None = None, devices: Sequ
             f"mesh: data x fsdp x tensor must be the number of devices ({len(devices)}), and one of them may be -1 for "
             f"the rest, got {' x '.join(map(str, sizes))}; change one of them"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # `jax.make_mesh` would not divide a side of a torus between two axes.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from semflow_jax import parallel
@@ -46,7 +47,7 @@ def test_devices_share_a_batch_equally(batch_size, near):
     ],
 )
 def test_a_mesh_takes_all_devices(monkeypatch, shape, sizes):
-    monkeypatch.setattr(jax, "make_mesh", lambda sizes, axes, **_: make_fake_mesh(sizes, (0,) * 8))
+    monkeypatch.setattr(mesh_utils, "create_device_mesh", lambda sizes, devices, **_: np.reshape(devices, sizes))
     found = parallel.make_mesh(shape, jax.devices() * 8)
     assert found.shape == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
 

@@ -141,6 +141,21 @@ def test_types_that_do_not_exist(saved, data_dir, tmp_path, name):
         make_setup(make_config(data_dir, saved, **{"model.param_dtype": name}), tmp_path)
 
 
+def test_an_autoencoder_in_half_precision(sd, data_dir):
+    """Computes in bfloat16, returns float32."""
+    image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3), minval=-1, maxval=1)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        codec = find_start(make_config(data_dir, sd.path, **{"codec.name": "kl", "codec.dtype": dtype})).codec
+        assert codec.config["vae"]["dtype"] == dtype
+        found[dtype] = codec.encode(codec.params, image)
+        assert found[dtype].dtype == codec.decode(codec.params, found[dtype]).dtype == jnp.float32
+    error = jnp.abs(found["bfloat16"] - found["float32"]).max()
+    assert 0 < error < 0.05 * jnp.abs(found["float32"]).max()
+    with pytest.raises(UserError, match=r"^codec.dtype: one of .*, got 'float7'"):
+        find_start(make_config(data_dir, sd.path, **{"codec.name": "kl", "codec.dtype": "float7"}))
+
+
 def test_stable_diffusion_needs_its_own_latents(sd, data_dir, tmp_path):
     with pytest.raises(UserError, match="codec: patch 4 x 4, lossless has latents of 48 channels, the network takes 4"):
         make_setup(make_config(data_dir, str(sd.path)), tmp_path)

@@ -69,9 +69,9 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
         UserError: for any config value that does not fit the others, the data or the devices.
     """
     check_unchanged(c, workdir)
-    _check_values(c)
+    check_values(c)
     mesh = parallel.make_mesh(c.mesh)
-    _check_mesh(c, mesh)
+    check_mesh(c, mesh)
     begun = (workdir / "config.json").exists()
     start = resume_start(workdir / EXPORT, c) if begun else find_start(c)
     codec, unet = start.codec, start.unet
@@ -142,7 +142,8 @@ def _changed(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> 
             yield f"{prefix}{key}"
 
 
-def _check_values(c: ConfigDict) -> None:
+def check_values(c: ConfigDict) -> None:
+    """Raises UserError for values that fit nothing."""
     for key in ("num_steps", "log_every", "eval_every", "checkpoint_every"):
         if c[key] < 1:
             raise UserError(f"{key}: at least 1, got {c[key]}; raise it")
@@ -154,7 +155,8 @@ def _check_values(c: ConfigDict) -> None:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
 
 
-def _check_mesh(c: ConfigDict, mesh: Mesh) -> None:
+def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for values that don't fit the devices."""
     parallel.local_batch_size(c.batch_size, mesh)
     parallel.local_batch_size(c.eval.batch_size, mesh, "eval.batch_size")
     shards = parallel.num_batch_shards(mesh)

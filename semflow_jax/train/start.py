@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from semflow_jax.codec import Codec, load_codec, make_kl_codec
+from semflow_jax.codec import Codec, load_codec
 from semflow_jax.errors import UserError
 from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params, init_unet
 from semflow_jax.models.unet_config import UNetConfig
 from semflow_jax.pipeline import SemFlow, check_parts, find_model, is_saved, load_frozen, make_unet_config
-from semflow_jax.weights.stable_diffusion import load_context, load_vae, open_unet
+from semflow_jax.weights.stable_diffusion import load_context, open_unet
 
 FREE = ("remat", "dtype", "param_dtype")  # keys of `model` that count when the network is given
 
@@ -66,7 +66,7 @@ def find_start(c: ConfigDict) -> Start:
     found, read = open_unet(path)
     unet = _given(found, c.model)
     dtype = jnp.dtype(unet.param_dtype)
-    codec = make_kl_codec(*load_vae(path, put=jnp.asarray)) if c.codec.name == "kl" else load_codec(c.codec)
+    codec = load_codec(c.codec, path)
     context = jnp.asarray(load_context(path))
     check_parts(unet, codec, context)
     return Start(unet, codec, None, context, lambda: read(lambda x: np.asarray(x, dtype)), drawn=False)
