@@ -11,6 +11,7 @@ import pathlib
 import platform
 import sys
 import time
+import traceback
 
 import jax
 from absl import app, flags
@@ -53,6 +54,7 @@ def run(workdir: pathlib.Path) -> None:
     if main_process:
         flow = SemFlow(setup.model, whole, setup.sampler.codec, setup.sampler.code, setup.sampler.context)
         flow.save_pretrained(workdir / EXPORT)
+    parallel.wait_for_all("the model is saved")
     limit = c.eval.limit_final
     split = setup.final_split
     segmentation = setup.evaluator.segmentation(params, frozen, split, limit, progress="segment")
@@ -95,7 +97,10 @@ def main(argv: list[str]) -> None:
         run(pathlib.Path(WORKDIR.value or ""))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parallel.leave(parallel.USER_ERROR)
+    except Exception:
+        traceback.print_exc()
+        parallel.leave(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ def get_config():
         c.data.name = "coco_stuff"
         c.data.fit = "cover"
         c.model.dtype = "float32"
+        c.codec.dtype = "float32"
         c.optim.lr = 1e-5
         c.optim.schedule = "constant"
         c.optim.warmup = 10_000

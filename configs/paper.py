@@ -13,7 +13,11 @@ def get_config():
         c.init = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         c.data.size = (512, 512)
         c.data.num_workers = 8
+        c.mesh.data = 1
+        c.mesh.fsdp = -1  # what is stored is divided among all devices
+        c.mesh.explicit = True  # and each runs its own program: see docs/scaling.md
         c.codec.name = "kl"
+        c.codec.dtype = "bfloat16"  # the authors' autoencoder computes in half precision, too
         c.mask_code.palette = "grid"
         c.loss.mask_void = False
         c.model.dtype = "bfloat16"

@@ -10,7 +10,8 @@ usage: bash launch/test.sh [PYTEST ARGUMENTS ...]
 Makes .venv, installs semflow_jax there with its test tools, and runs ruff, mypy and pytest.
 
 environment: PYTHON            the interpreter to make .venv with, 3.11 or later (default: python3)
-             ALL=1 or CI       run the slow tests too
+             ALL=1             run the slow tests too
+             CI                run them, but for those of several processes that take longest
              SEMFLOW_TORCH=1   install diffusers, transformers and a CPU build of torch, where there is one, for the
                                parity tests (CI implies it)
              SEMFLOW_SHARED    folder of real data and weights (default: ../shared); its tests are skipped without it
@@ -53,10 +54,12 @@ install_parity
 "$VENV_PYTHON" -m ruff check
 "$VENV_PYTHON" -m ruff format --check
 "$VENV_PYTHON" -m mypy semflow_jax main.py
-if [[ -n "${CI:-}" || "${ALL:-}" == 1 ]]; then
-    echo "pytest: all tests"
-    "$VENV_PYTHON" -m pytest -n auto "$@"
+if [[ "${ALL:-}" == 1 ]]; then
+    chosen="slow or not slow"
+elif [[ -n "${CI:-}" ]]; then
+    chosen="not long"
 else
-    echo "pytest: all but the slow tests (ALL=1 runs them too)"
-    "$VENV_PYTHON" -m pytest -n auto -m "not slow" "$@"
+    chosen="not slow"
 fi
+echo "pytest: tests that are ${chosen} (ALL=1 runs all)"
+"$VENV_PYTHON" -m pytest -n auto --dist loadgroup -m "$chosen" "$@"

@@ -12,11 +12,14 @@ moments over `fsdp` (Rajbhandari et al. 2020, ZeRO) and, inside layers, over `te
 Models know nothing of this: the compiler places what lies between.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import sys
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,6 +34,7 @@ from semflow_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 EXAMPLES = ("data", "fsdp")  # the axes that examples are split over
 HEARTBEAT_SECONDS = 15  # a process that is silent for so long is lost, and the others end
+USER_ERROR = 2  # exit code: to start again won't help
 SMALL = 2**14  # arrays of fewer numbers are kept whole on every device
 
 COLUMNS = re.compile(r"\.(to_[qkv]|conv1|time_emb_proj|proj)\.(weight|bias)$")  # tensor splits the last axis
@@ -64,13 +68,29 @@ def initialize() -> None:
         # There is no cluster.
 
 
-def wait_for_all(name: str) -> None:
+def wait_for_all(name: str, timeout: int = 24 * 3600) -> None:
     """Lets all processes come to the same place, each of which has a name of its own, however long it takes.
 
     Collectives of the devices wouldn't do: gloo's wait for 30 seconds, and one process may prepare data for an hour.
     """
     if jax.process_count() > 1:
-        multihost.sync_global_processes(name, timeout=24 * 3600, processes=set(range(jax.process_count())))
+        multihost.sync_global_processes(name, timeout=timeout, processes=set(range(jax.process_count())))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that failed. At a usual exit JAX waits five minutes for the others, and they for its part.
+
+    An error of the user is one in all processes, as a rule: each may tell it before process 0, whose end ends them all.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        sys.exit(code)
+    if code == USER_ERROR:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # they didn't come
+            wait_for_all("an error of the user", timeout=5)
+            time.sleep(0 if jax.process_index() else 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def use_cpu_devices(num: int) -> None:

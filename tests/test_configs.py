@@ -2,13 +2,17 @@
 
 import importlib
 
+import jax
 import numpy as np
 import pytest
 import raw_trees
 
 from configs import base
+from semflow_jax.models.build import abstract_unet
 from semflow_jax.train import loop
+from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.setup import make_setup
+from semflow_jax.train.step import make_state, make_train_step
 from semflow_jax.train.writer import read_metrics
 
 SMALL = {
@@ -32,17 +36,35 @@ def load(name: str, **changes):
     return c
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("celebamask_hq", (64, 64)), ("coco_stuff", (64, 64)), ("cityscapes", (64, 128)), ("ade20k", (64, 64))],
-)
-def test_recipes_of_data_sets_train(sd, tmp_path, name, size):
+def prepare(name: str, size: tuple[int, int], sd, tmp_path):
+    """The set-up of a recipe on a small tree of the data set's files, from a small Stable Diffusion."""
     getattr(raw_trees, f"make_{name}")(tmp_path / "raw", 24)
     changes = SMALL | {"init": str(sd.path), "data.source": str(tmp_path / "raw"), "data.size": size}
     c = load(name, **changes, **{"data.dir": str(tmp_path / "data")})
     setup = make_setup(c, tmp_path / "run")
     assert setup.info.name == name and setup.info.fit == c.data.fit and setup.final_split in ("test", "val")
+    return setup
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["celebamask_hq", "coco_stuff", "ade20k"])
+def test_recipes_of_data_sets_fit_together(sd, tmp_path, name):
+    """Files, codec, network and step, on shapes."""
+    setup = prepare(name, (64, 64), sd, tmp_path)
+    optimizer = make_optimizer(setup.config.optim, 2)
+    state = jax.eval_shape(lambda params: make_state(params, optimizer), abstract_unet(setup.start.unet))
+    with loop.make_batches(setup) as batches:
+        batch = next(batches)
+    step = make_train_step(setup.sampler, optimizer, setup.config, setup.mesh)
+    new, metrics = jax.eval_shape(step, state, setup.sampler.frozen, batch, jax.random.key(0))
+    assert jax.tree.map(lambda x: x.shape, new) == jax.tree.map(lambda x: x.shape, state)
+    assert metrics.keys() == {"loss", "grad_norm"}
+
+
+@pytest.mark.slow
+def test_a_recipe_trains(sd, tmp_path):
+    """Two steps of the one whose pictures are no squares."""
+    setup = prepare("cityscapes", (64, 128), sd, tmp_path)
     loop.train(setup, tmp_path / "run")
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) == 2 and np.isfinite(losses).all()

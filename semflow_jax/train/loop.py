@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from semflow_jax import parallel
 from semflow_jax.data.pipeline import TrainBatches, make_train_iterator
+from semflow_jax.errors import UserError
 from semflow_jax.models.build import abstract_unet, count_params
 from semflow_jax.train.checkpoint import Checkpoints
 from semflow_jax.train.guard import StopSignals, Watchdog, check_finite
@@ -85,9 +86,9 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
     compile_start = time.perf_counter()
     step_fn = jitted.lower(state, frozen, batch, key).compile()
     log.info("compiled the training step in %.0f s", time.perf_counter() - compile_start)
+    writer = Writer(workdir, start) if main_process else None
     parallel.wait_for_all("the training step is compiled")
 
-    writer = Writer(workdir, start) if main_process else None
     bar = tqdm(
         total=c.num_steps,
         initial=start,
@@ -116,7 +117,11 @@ def train(s: Setup, workdir: pathlib.Path) -> TrainState:
             while len(running) > (0 if telling or pausing else 1):
                 done = running.pop(0)
                 window.append({name: float(x) for name, x in done.metrics.items()})
-                check_finite(window[-1], done.step, batches, done.first, c.batch_size, workdir)
+                try:
+                    check_finite(window[-1], done.step, batches, done.first, c.batch_size, workdir)
+                except UserError:
+                    checkpoints.close()  # what is being written is from before
+                    raise
                 watchdog.alive()
             bar.update()
 
