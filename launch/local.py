@@ -124,7 +124,8 @@ def run_once(args: argparse.Namespace, processes: list[subprocess.Popen], stops:
         time.sleep(0.05)
     for thread in threads:
         thread.join(timeout=5)  # a grandchild may hold the pipe open
-    code = USER_ERROR if USER_ERROR in failed.values() else next(iter(failed.values()), 0)
+    # An error of the user in one process may end another first, as a crash.
+    code = USER_ERROR if USER_ERROR in codes else next(iter(failed.values()), 0)
     return code if code >= 0 else 128 - code
 
 

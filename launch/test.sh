@@ -62,4 +62,4 @@ else
     chosen="not slow"
 fi
 echo "pytest: tests that are ${chosen} (ALL=1 runs all)"
-"$VENV_PYTHON" -m pytest -n auto --dist loadgroup -m "$chosen" "$@"
+"$VENV_PYTHON" -m pytest -n auto --dist loadfile -m "$chosen" "$@"

@@ -55,7 +55,7 @@ FLAGS = {
 ALONE = ("cpu_devices=1", "mesh.fsdp=1")
 GONE = 30  # seconds in which the others end when one is lost
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 
 class Job:

@@ -141,6 +141,14 @@ def test_an_error_of_the_user_is_not_tried_again():
     assert "starting again" not in found.stderr
 
 
+def test_an_error_of_the_user_counts_when_a_crash_was_seen_first():
+    """One process crashes of the other's absence before that one has told its error."""
+    late = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2)); print('ready', flush=True); time.sleep(20)"
+    found = local(f"import signal\nif i == '1': {late}\ntime.sleep(0.5); sys.exit(1)")
+    assert found.returncode == 2
+    assert "process 0 ended with code 1" in found.stderr and "starting again" not in found.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("options", "code"), [((), 0), (("--stopped-code=75",), 75)])
 def test_a_stop_signal_reaches_all_and_their_end_is_awaited(number, options, code):

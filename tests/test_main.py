@@ -14,7 +14,7 @@ from test_folder import make_folder
 REPO = pathlib.Path(__file__).resolve().parent.parent
 NUM_STEPS = 100
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("main")]  # its runs share a cache
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from semflow_jax.train.optim import make_optimizer
 from semflow_jax.train.step import make_state, make_train_step
 
 NUM_STEPS = 20
-pytestmark = pytest.mark.xdist_group("sharding")  # one run for all
 WIDE = {
     "model.block_out_channels": (32, 64),
     "model.attention": (False, True),
