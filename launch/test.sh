@@ -2,6 +2,7 @@
 # Every check of the repository: ruff, mypy, pytest.
 set -euo pipefail
 TORCH=2.13.0
+JUDGES=(torch-fidelity==0.4.0 lpips==0.1.4 efficientnet-lite-pytorch==0.1.0)
 
 usage() {
     cat <<'EOF'
@@ -20,8 +21,8 @@ EOF
 
 # The parity tests compare with torch. A CUDA build would bring gigabytes that no test uses.
 install_parity() {
-    if "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "transformers"))))'; then
-        echo "torch, diffusers, transformers: installed"
+    if "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "transformers", "torch_fidelity", "lpips"))))'; then
+        echo "torch, diffusers, transformers, torch-fidelity, lpips: installed"
     elif [[ -z "${CI:-}" && "${SEMFLOW_TORCH:-}" != 1 ]]; then
         echo "torch: not installed, its parity tests are skipped (SEMFLOW_TORCH=1 installs it)"
     elif [[ "$(python_version "$VENV_PYTHON")" != 3.11.* ]]; then
@@ -31,6 +32,8 @@ install_parity() {
     else
         echo "torch: installing the CPU build of $TORCH, diffusers and transformers"
         "$VENV_PYTHON" -m pip install --quiet --editable ".[parity]" "torch==$TORCH"
+        # They ask for torchvision, which would bring its own torch, and the tests don't.
+        "$VENV_PYTHON" -m pip install --quiet --no-deps "${JUDGES[@]}"
     fi
 }
 
@@ -62,4 +65,4 @@ else
     chosen="not slow"
 fi
 echo "pytest: tests that are ${chosen} (ALL=1 runs all)"
-"$VENV_PYTHON" -m pytest -n auto --dist loadfile -m "$chosen" "$@"
+"$VENV_PYTHON" -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"

@@ -1,7 +1,6 @@
-"""The `semflow` command: prepare and inspect data; plan; segment, synthesize and evaluate with a trained model."""
+"""The `semflow` command: prepare and inspect data; plan; segment, synthesize, evaluate; compare; convert."""
 
 import argparse
-import json
 import logging
 import pathlib
 import sys
@@ -19,10 +18,9 @@ from semflow_jax.data import prepare as data
 from semflow_jax.data.examples import FITS
 from semflow_jax.data.images import IMAGE_SUFFIXES, read_image, read_label
 from semflow_jax.data.inspect import inspect as inspect_data
-from semflow_jax.data.records import count_records, final_split, load_info
 from semflow_jax.data.sources.folder import load_classes
 from semflow_jax.errors import UserError
-from semflow_jax.evaluate.runner import Evaluator
+from semflow_jax.evaluate import compare, study
 from semflow_jax.latents import ensure_latents
 from semflow_jax.models.build import count_params
 from semflow_jax.models.unet_config import DTYPES
@@ -102,33 +100,6 @@ def synthesize(args: argparse.Namespace) -> None:
             for k in range(args.num_samples):
                 Image.fromarray(images[k, i]).save(args.out / f"{file.stem}-{k}.png")
     print(f"{len(files) * args.num_samples} images in {args.out}")
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    flow = SemFlow.from_pretrained(args.checkpoint)
-    info = load_info(args.data)
-    if (info.class_names, info.size) != (flow.info.class_names, flow.info.size):
-        raise UserError(
-            f"--data {args.data}: the model's classes and size, {flow.info.num_classes} at {flow.info.size}, expected, "
-            f"found {info.num_classes} at {info.size}; prepare the data for this model"
-        )
-    evaluation = flow.evaluation(args.batch_size, args.steps, args.solver)
-    evaluator = Evaluator(flow.sampler, str(args.data), info, parallel.make_mesh(), evaluation)
-    split = args.split or final_split(count_records(args.data))
-    inputs = (flow.params, flow.frozen, split, args.limit)
-    result = {
-        "checkpoint": args.checkpoint,
-        "split": split,
-        "limit": args.limit,
-        "segmentation": evaluator.segmentation(*inputs, progress="segment"),
-        "synthesis": evaluator.synthesis(*inputs, progress="synthesize"),
-        "sampling": evaluation.sampling.to_dict(),
-        "params_sha256": parallel.digest(flow.params),
-    }
-    text = json.dumps(result, indent=2)
-    if args.out:
-        args.out.write_text(text)
-    print(text)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -237,14 +208,11 @@ def make_parser() -> argparse.ArgumentParser:
     c = add(plan.run, "memory and speed of a config on TPUs that are not there", name="plan")
     plan.add_arguments(c)
 
-    c = add(evaluate, "figures of a model on a prepared data set")
-    c.add_argument("--checkpoint", required=True, help=checkpoint)
-    c.add_argument("--data", type=pathlib.Path, required=True, help="a prepared data set")
-    c.add_argument("--split", help="default: test, or val where there is no test")
-    c.add_argument("--limit", type=positive, help="so many examples, evenly over the split; default: all")
-    add_sampling(c)
-    c.add_argument("--batch-size", type=positive, default=32)
-    c.add_argument("--out", type=pathlib.Path, help="also write the figures here, as JSON")
+    c = add(study.run, "figures of a model on a prepared data set, under a protocol", name="evaluate")
+    study.add_arguments(c)
+
+    c = add(compare.run, "two or more results of evaluate, side by side", name="compare")
+    compare.add_arguments(c)
     return parser
 
 
@@ -257,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         args.function(args)
     except (UserError, OSError) as error:  # OSError: an output that can't be written; it names the file
         print(f"semflow: {error}", file=sys.stderr)
-        sys.exit(2)
+        parallel.leave(parallel.USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from semflow_jax.models.build import Params
 
 CODES = ("colour", "linear")
 NUM_TINT = 3  # channels
+SHARPNESS = 8.0  # of (3) in palette.py for one-hot vectors: 1 / sigma^2, sigma a quarter of their distance, sqrt(2)
 BALANCE = 0.25  # exponent of the class weights
 
 
@@ -39,7 +40,7 @@ class MaskCode:
     colours: to draw masks with [n 3].
     params: the code's arrays; hand them to jitted functions as an argument.
     encode: (params, codec_params, label, key or None) -> z1, perturbed where a key is given.
-    decode: (params, codec_params, z1) -> label.
+    logits: (params, codec_params, z1) -> log-probabilities of the classes [b h w n], but for a constant.
     config: what `make_mask_code` builds it from, beside its arrays.
     """
 
@@ -47,8 +48,12 @@ class MaskCode:
     colours: UInt8[np.ndarray, "n 3"]
     params: Params
     encode: Callable[[Params, Params, Array, Key[Array, "..."] | None], Array]
-    decode: Callable[[Params, Params, Array], Array]
+    logits: Callable[[Params, Params, Array], Array]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def decode(self, params: Params, codec_params: Params, z1: Array) -> UInt8[Array, "b h w 1"]:
+        """z_1 -> the likeliest class ids."""
+        return jnp.argmax(self.logits(params, codec_params, z1), axis=-1, keepdims=True).astype(jnp.uint8)
 
 
 def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: float, region: float) -> MaskCode:
@@ -65,10 +70,10 @@ def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: flo
             mask_rgb = palette.perturb(key, mask_rgb, label, len(colours), pixel, region)
         return codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
 
-    def decode(params, codec_params, z1):
-        return palette.decode(codec.decode(codec_params, z1), colours)
+    def logits(params, codec_params, z1):
+        return palette.logits(codec.decode(codec_params, z1), colours)
 
-    return MaskCode("colour", colours, {}, encode, decode)
+    return MaskCode("colour", colours, {}, encode, logits)
 
 
 def fit_linear_code(
@@ -113,11 +118,10 @@ def make_linear_code(
         z1 = jnp.concatenate([region * tint, components], axis=-1)
         return z1 + pixel * (noise.uniform(key_noise, z1.shape) - 0.5)
 
-    def decode(params, codec_params, z1):
-        one_hot = from_patches(whiten.synthesise(params, z1[..., NUM_TINT:]), codec.factor)
-        return jnp.argmax(one_hot, axis=-1, keepdims=True).astype(jnp.uint8)
+    def logits(params, codec_params, z1):
+        return SHARPNESS * from_patches(whiten.synthesise(params, z1[..., NUM_TINT:]), codec.factor)
 
-    return MaskCode("linear", colours, params, encode, decode)
+    return MaskCode("linear", colours, params, encode, logits)
 
 
 def make_mask_code(

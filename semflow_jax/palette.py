@@ -129,9 +129,22 @@ def perturb(
     return mask_rgb
 
 
+def logits(mask_rgb: Float[Array, "b h w 3"], palette: UInt8[np.ndarray, "n 3"]) -> Float[Array, "b h w n"]:
+    """Pseudo-mask -> log p(class | colour), less what all classes have in common.
+
+    Colours are taken to scatter about their class's as a Gaussian whose standard deviation is a quarter of the smallest
+    distance between two of them, so that half way to the nearest other colour is two deviations off:
+
+        log p(c | m) = -|m - colour[c]|^2 / (2 sigma^2) + const.                                       (3)
+
+    The likeliest class is that of the nearest colour.
+    """
+    colours = jnp.asarray(scale(palette))
+    variance = (min_distance(palette) / 4) ** 2 if len(palette) > 1 else 1.0
+    # |m|^2 is the same for every colour
+    return (mask_rgb @ colours.T - jnp.square(colours).sum(-1) / 2) / variance
+
+
 def decode(mask_rgb: Float[Array, "b h w 3"], palette: UInt8[np.ndarray, "n 3"]) -> UInt8[Array, "b h w 1"]:
     """Pseudo-mask -> class ids, by nearest colour."""
-    colours = jnp.asarray(scale(palette))
-    # |m - c|^2 without |m|^2, which is the same for every colour
-    score = mask_rgb @ (2 * colours.T) - jnp.square(colours).sum(-1)
-    return jnp.argmax(score, axis=-1, keepdims=True).astype(jnp.uint8)
+    return jnp.argmax(logits(mask_rgb, palette), axis=-1, keepdims=True).astype(jnp.uint8)

@@ -324,7 +324,7 @@ def make_card(result: dict[str, Any], info: DataInfo) -> str:
     """A model card from the figures of a run: what `report.json` holds."""
     s, y, sampling = result["segmentation"], result["synthesis"], result["sampling"]
     rows = "\n".join(
-        f"| {name} | {'-' if iou is None else f'{iou:.3f}'} | {s['ceiling_class_iou'][name] or 0:.3f} |"
+        f"| {name} | {'-' if iou is None else f'{iou:.3f}'} | {s['ceiling']['class_iou'][name] or 0:.3f} |"
         for name, iou in s["class_iou"].items()
     )
     return f"""# SemFlow on {info.name}, {info.size[0]} x {info.size[1]}

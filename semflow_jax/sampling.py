@@ -77,6 +77,10 @@ class Sampler:
         std = batch["std"].astype(jnp.float32) if "std" in batch else None
         return sample(batch["mean"].astype(jnp.float32), std, key)
 
+    def decode_image(self, frozen: Frozen, z0: Float[Array, "b hz wz c"]) -> UInt8[Array, "b h w 3"]:
+        """z_0 -> photo."""
+        return to_uint8(self.codec.decode(frozen["codec"], z0))
+
     def encode_mask(
         self, frozen: Frozen, label: UInt8[Array, "b h w 1"], key: Key[Array, "..."] | None = None
     ) -> Float[Array, "b hz wz c"]:
@@ -87,12 +91,27 @@ class Sampler:
         """z_1 -> class ids."""
         return self.code.decode(frozen["code"], frozen["codec"], z1)
 
+    def mask_logits(self, frozen: Frozen, z1: Float[Array, "b hz wz c"]) -> Float[Array, "b h w n"]:
+        """z_1 -> log-probabilities of the classes, but for a constant."""
+        return self.code.logits(frozen["code"], frozen["codec"], z1)
+
+    def to_mask(
+        self, params: Params, frozen: Frozen, z0: Float[Array, "b hz wz c"], steps: int, solver: str
+    ) -> Float[Array, "b hz wz c"]:
+        """z_0 -> z_1: t from 0 to 1."""
+        return solve.image_to_mask(self._field(params, frozen), z0, steps, solver)
+
+    def to_image(
+        self, params: Params, frozen: Frozen, z1: Float[Array, "b hz wz c"], steps: int, solver: str
+    ) -> Float[Array, "b hz wz c"]:
+        """z_1 -> z_0: t from 1 to 0."""
+        return solve.mask_to_image(self._field(params, frozen), z1, steps, solver)
+
     def segment(
         self, params: Params, frozen: Frozen, image: UInt8[Array, "b h w 3"], steps: int, solver: str
     ) -> UInt8[Array, "b h w 1"]:
-        """Photo -> class ids: t from 0 to 1."""
-        z0 = self.encode_image(frozen, image)
-        return self.decode_mask(frozen, solve.image_to_mask(self._field(params, frozen), z0, steps, solver))
+        """Photo -> class ids."""
+        return self.decode_mask(frozen, self.to_mask(params, frozen, self.encode_image(frozen, image), steps, solver))
 
     def synthesize(
         self,
@@ -103,14 +122,19 @@ class Sampler:
         steps: int,
         solver: str,
     ) -> UInt8[Array, "b h w 3"]:
-        """Class ids -> photo: t from 1 to 0; another key, another photo of the same mask. See `noise` for keys [b]."""
-        z1 = self.encode_mask(frozen, label, key)
-        z0 = solve.mask_to_image(self._field(params, frozen), z1, steps, solver)
-        return to_uint8(self.codec.decode(frozen["codec"], z0))
+        """Class ids -> photo; another key, another photo of the same mask. See `noise` for keys [b]."""
+        z0 = self.to_image(params, frozen, self.encode_mask(frozen, label, key), steps, solver)
+        return self.decode_image(frozen, z0)
 
     def ceiling(self, frozen: Frozen, label: UInt8[Array, "b h w 1"]) -> UInt8[Array, "b h w 1"]:
         """The true mask through the code and back: the best that any network behind it can do."""
         return self.decode_mask(frozen, self.encode_mask(frozen, label))
+
+    def path_to_mask(
+        self, params: Params, frozen: Frozen, z0: Float[Array, "b hz wz c"], num_frames: int, steps: int, solver: str
+    ) -> Float[Array, "f b hz wz c"]:
+        """The states between z_0 and z_1, both included, at evenly spaced times."""
+        return solve.path(self._field(params, frozen), z0, num_frames, to_mask=True, steps=steps, solver=solver)
 
     def frames(
         self,
@@ -121,7 +145,6 @@ class Sampler:
         steps: int,
     ) -> tuple[UInt8[Array, "f b h w 3"], UInt8[Array, "f b h w 1"]]:
         """The path of the ODE from a photo to its mask, seen by both decoders: as pictures and as class ids."""
-        z0 = self.encode_image(frozen, image)
-        path = solve.path(self._field(params, frozen), z0, num_frames, to_mask=True, steps=steps)
-        pictures = jax.vmap(lambda z: to_uint8(self.codec.decode(frozen["codec"], z)))(path)
+        path = self.path_to_mask(params, frozen, self.encode_image(frozen, image), num_frames, steps, "euler")
+        pictures = jax.vmap(lambda z: self.decode_image(frozen, z))(path)
         return pictures, jax.vmap(lambda z: self.decode_mask(frozen, z))(path)

@@ -1,8 +1,9 @@
 """The flow's ODE, dz/dt = v(z, t), integrated by diffrax in either direction.
 
 t = 0 is the image and t = 1 its mask, so 0 -> 1 segments and 1 -> 0 synthesizes. Fixed-step solvers take exactly
-`steps` steps on the grid t_i = i / steps (Euler then evaluates the network where the official code does); 'tsit5'
-chooses its own steps, for each sample on its own, so that a result never depends on the rest of its batch.
+`steps` steps on the grid t_i = i / steps (Euler then evaluates the network where the official code does); their clock
+counts steps, for whole numbers add up exactly. 'tsit5' chooses its own steps, for each sample on its own, so that a
+result never depends on the rest of its batch.
 """
 
 from collections.abc import Callable
@@ -33,18 +34,21 @@ def check(solver: str, steps: int) -> None:
 def _integrate(velocity_fn: VelocityFn, z, t0: float, t1: float, steps: int, solver: str, num_frames: int):
     """Returns the states at `num_frames` times from t0 (exclusive, unless > 1) to t1, frames first."""
     check(solver, steps)
-    saveat = diffrax.SaveAt(t1=True) if num_frames == 1 else diffrax.SaveAt(ts=jnp.linspace(t0, t1, num_frames))
 
-    def field(t, z, args):
-        return velocity_fn(z, jnp.full((z.shape[0],), t, jnp.float32))
+    def run(z, stepper, controller, end, first, max_steps):
+        """Integrates over a clock s from 0 to `end`, with t = t0 + s (t1 - t0) / end."""
+        h = (t1 - t0) / end
 
-    def run(z, stepper, controller, max_steps, dt0):
+        def field(s, z, args):
+            return h * velocity_fn(z, jnp.full((z.shape[0],), t0 + h * s, jnp.float32))
+
+        saveat = diffrax.SaveAt(t1=True) if num_frames == 1 else diffrax.SaveAt(ts=jnp.linspace(0, end, num_frames))
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             stepper,
-            t0,
-            t1,
-            dt0,
+            0,
+            end,
+            first,
             z,
             saveat=saveat,
             stepsize_controller=controller,
@@ -54,11 +58,10 @@ def _integrate(velocity_fn: VelocityFn, z, t0: float, t1: float, steps: int, sol
         ).ys
 
     if solver in FIXED:
-        times = jnp.linspace(t0, t1, steps + 1)
-        return run(z, FIXED[solver](), diffrax.StepTo(ts=times), steps, None)
+        # Not `StepTo`: its check of the grid calls back to Python, and JAX's cache keeps no program that does.
+        return run(z, FIXED[solver](), diffrax.ConstantStepSize(), steps, 1, steps)
     adaptive = diffrax.PIDController(rtol=TOLERANCE, atol=TOLERANCE)
-    dt0 = (t1 - t0) / 25
-    one = jax.vmap(lambda z: run(z[None], diffrax.Tsit5(), adaptive, MAX_ADAPTIVE_STEPS, dt0)[:, 0], out_axes=1)
+    one = jax.vmap(lambda z: run(z[None], diffrax.Tsit5(), adaptive, 1, 1 / 25, MAX_ADAPTIVE_STEPS)[:, 0], out_axes=1)
     return one(z)
 
 

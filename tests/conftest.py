@@ -12,6 +12,12 @@ install_import_hook("semflow_jax", "beartype.beartype")
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what is left at the end is short, and no process waits long for another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def shared_dir() -> pathlib.Path:
     """Folder with real data and weights; tests that need it are skipped where it is absent."""

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_folder import make_folder
 from test_pipeline_model import CLASS_NAMES, SIZE, make_pictures
 
 from semflow_jax import cli, palette, parallel
@@ -20,9 +19,10 @@ from semflow_jax.weights.load import load_safetensors
 
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """It is a setting of the whole process."""
+def no_settings_of_the_process(monkeypatch):
+    """It has other tests to run."""
     monkeypatch.setattr(parallel, "keep_compilations", lambda: None)
+    monkeypatch.setattr(parallel, "initialize", lambda: None)
 
 
 def run(*argv) -> None:
@@ -153,30 +153,6 @@ def test_a_mask_made_by_segment_is_an_input_of_synthesize(saved, inputs):
     run("segment", "--checkpoint", saved, "--input", inputs / "images", "--out", inputs / "ids")
     run("synthesize", "--checkpoint", saved, "--input", inputs / "ids", "--out", inputs / "out")
     assert len(list((inputs / "out").iterdir())) == 3
-
-
-def test_evaluate(saved, tmp_path, capsys):
-    source = make_folder(tmp_path / "toys", 20, size=SIZE)
-    (source / "classes.json").write_text(json.dumps(CLASS_NAMES))
-    run("prepare", "folder", "--source", source, "--out", tmp_path / "data", "--size", *SIZE)
-    capsys.readouterr()
-    options = ("--limit", 2, "--batch-size", 2, "--steps", 1, "--out", tmp_path / "result.json")
-    run("evaluate", "--checkpoint", saved, "--data", tmp_path / "data", *options)
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((tmp_path / "result.json").read_text())
-    assert printed["sampling"] == {"steps": 1, "solver": "euler"}
-    assert 0 <= printed["segmentation"]["miou"] <= printed["segmentation"]["codec_ceiling_miou"] <= 1
-    assert printed["segmentation"]["class_iou"].keys() == set(CLASS_NAMES)
-    assert printed["synthesis"]["diversity"] > 0
-
-
-def test_evaluate_wants_the_models_classes(saved, tmp_path, capsys):
-    run(
-        "prepare", "folder", "--source", make_folder(tmp_path / "toys", 20), "--out", tmp_path / "data", "--size", 8, 12
-    )
-    capsys.readouterr()
-    line = fail_in_a_line(capsys, "evaluate", "--checkpoint", saved, "--data", tmp_path / "data")
-    assert "the model's classes and size" in line
 
 
 @pytest.mark.parametrize(

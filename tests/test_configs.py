@@ -61,6 +61,7 @@ def test_recipes_of_data_sets_fit_together(sd, tmp_path, name):
     assert metrics.keys() == {"loss", "grad_norm"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_recipe_trains(sd, tmp_path):
     """Two steps of the one whose pictures are no squares."""

@@ -291,6 +291,7 @@ def test_processes_end_by_themselves_when_one_has_an_error_of_its_own(root, two)
         assert jobs[0].end(GONE) not in (0, 2)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_all(root, two):
     workdir = root / "nan"
     job = run(workdir, 2, "optim.lr=1e30", "checkpoint_every=1", code=2, restarts=3)
@@ -318,6 +319,7 @@ def test_a_hang_ends_all(root, two):
     assert job.lines("(most recent call first):") and job.lines("train/loop.py")
 
 
+@pytest.mark.long
 def test_a_done_job_says_so_in_all_processes(root, two):
     before = (two.workdir / "report.json").read_bytes()
     job = run(two.workdir, 2)

@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on(root, uninterrupted):
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
     assert code == 0 and "Traceback" not in err and "params_sha256" not in out
-    (line,) = [line for line in err.splitlines() if line.startswith("stopped by signal 15, saved step ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("stopped by a signal, saved step ")]
     assert line.endswith("run the same command to go on")
     step = int(line.split("saved step ")[1].split(":")[0])
     assert 5 <= step < NUM_STEPS and not (root / "stopped" / "report.json").exists()

@@ -30,7 +30,7 @@ RESULT = {
         "pixel_accuracy": 0.75,
         "codec_ceiling_miou": 0.875,
         "class_iou": {"sky": 0.25, NAMES[1]: float("nan"), "tree": 0.75},
-        "ceiling_class_iou": {"sky": 0.5, NAMES[1]: None, "tree": 1.0},
+        "ceiling": {"class_iou": {"sky": 0.5, NAMES[1]: None, "tree": 1.0}},
     },
     "synthesis": {
         "resegmentation_miou": 0.375,

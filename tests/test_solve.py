@@ -137,3 +137,11 @@ def test_bad_arguments(run):
         run(constant, make_latent(), 25, "rk4")
     with pytest.raises(UserError, match="steps: at least 1, got 0"):
         run(constant, make_latent(), 0)
+
+
+@pytest.mark.parametrize("solver", solve.SOLVERS)
+@pytest.mark.parametrize("name", BOTH)
+def test_programs_never_call_back_to_python(name, solver):
+    """JAX's compilation cache would not keep them."""
+    program = jax.jit(lambda z: BOTH[name](wavy, z, 3, solver)).lower(make_latent())
+    assert "callback" not in program.as_text()

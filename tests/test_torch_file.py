@@ -106,9 +106,63 @@ def test_whole_modules(tmp_path):
     assert "torch.nn.modules.linear.Linear in it, which is not data" in message and "state_dict()" in message
 
 
-def test_the_format_before_2020(tmp_path):
-    path = save(tmp_path / "x.pt", {"x": torch.ones(2)}, _use_new_zipfile_serialization=False)
-    assert "PyTorch 1.6 or later" in fail(path)
+OLD = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_in_the_format_before_2020(tmp_path, dtype):
+    torch.manual_seed(0)
+    tensors = {"a": (torch.randn(3, 4, 2) * 50).to(getattr(torch, dtype)), "b.c": torch.ones(5, dtype=torch.float32)}
+    check_equal(load_torch(save(tmp_path / "x.pt", tensors, **OLD)), tensors)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_the_format_before_2020(tmp_path, protocol):
+    x = torch.arange(24.0).reshape(4, 6)
+    tensors = {"whole": x, "sliced": x[1:3, 1::2], "parameter": torch.nn.Parameter(torch.randn(2, 2))}
+    tensors |= torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)).state_dict()
+    path = save(tmp_path / "x.pth", {"state_dict": tensors, "epoch": 3}, pickle_protocol=protocol, **OLD)
+    found = load_torch(path)
+    check_equal(found, tensors)
+    assert not found["whole"].flags.writeable and not found["whole"].flags.owndata
+
+
+def test_the_format_before_2020_in_real_files(shared_dir):
+    for name, num in (("alex", 5), ("vgg", 5), ("squeeze", 7)):
+        path = shared_dir / f"weights/lpips_lin/{name}.pth"
+        found = load_torch(path)
+        assert len(found) == num
+        check_equal(found, torch.load(path, map_location="cpu"))
+
+
+def test_parameters_from_before_pytorch_0_4(tmp_path):
+    """They held their tensor, and the tensor's function had its first name."""
+    old = Pickled(("torch._utils", "_rebuild_tensor"), *make_tensor().args[:4])
+    parameter = Pickled(("torch.nn.parameter", "Parameter"))
+    parameter.state = (old, None, None, False, collections.OrderedDict())
+    found = load_torch(write_by_hand(tmp_path / "x.pt", {"x": parameter, "y": old}))
+    assert found.keys() == {"x", "y"}
+    for x in found.values():
+        np.testing.assert_array_equal(x, np.arange(12.0).reshape(3, 4))
+
+
+def test_a_payload_in_the_format_before_2020_is_not_run(tmp_path):
+    for content in ({"x": torch.ones(2), "y": Payload(tmp_path / "ran")}, Payload(tmp_path / "ran")):
+        assert "posix.system in it, which is not data" in fail(save(tmp_path / "x.pt", content, **OLD))
+    with (tmp_path / "x.pt").open("wb") as file:
+        pickle.dump(Payload(tmp_path / "ran"), file)
+    assert "posix.system in it, which is not data" in fail(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_files_in_the_format_before_2020(tmp_path):
+    path = save(tmp_path / "x.pt", {"x": torch.arange(1000.0), "y": torch.ones(3)}, **OLD)
+    whole = path.read_bytes()
+    for size in (*range(0, len(whole) - 5000, 37), len(whole) - 4000, len(whole) - 17, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "download it again" in fail(path)
+    path.write_bytes(pickle.dumps(5) + whole)
+    assert "neither a zip archive nor" in fail(path)
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), {"x": 1}, {3: torch.ones(2)}, {}, 5])
@@ -132,7 +186,7 @@ class Pickled:
     """A pickle of a name and its arguments, such as torch writes for a tensor."""
 
     def __init__(self, name, *args):
-        self.name, self.args = name, args
+        self.name, self.args, self.state = name, args, None
 
 
 def write_by_hand(path, content, storages=None, compression=zipfile.ZIP_STORED):
@@ -149,6 +203,9 @@ def write_by_hand(path, content, storages=None, compression=zipfile.ZIP_STORED):
                 self.save(Name(*x.name))
                 self.save(x.args)
                 self.write(pickle.REDUCE)
+                if x.state is not None:
+                    self.save(x.state)
+                    self.write(pickle.BUILD)
             else:
                 super().save(x, save_persistent_id)
 

@@ -148,6 +148,7 @@ def test_stable_diffusion_is_diffusers():
     assert peak < 14
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_official_loop_at_full_size():
     """SD-1.5's UNet and autoencoder, random: an image to its mask picture and a mask picture to its image, 25 steps."""

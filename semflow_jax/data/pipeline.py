@@ -219,6 +219,7 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     limit: int | None = None,
+    first: int = 0,
 ) -> grain.DatasetIterator:
     """One pass over a split, in order: {"image", "label", "valid": bool [b], "index": int32 [b], "id": list of b str}.
 
@@ -227,6 +228,7 @@ def make_eval_batches(
 
     Args:
         limit: so many examples, evenly over the split, for neighbours are often alike; None takes all.
+        first: the batch to begin with.
 
     Raises:
         UserError: not a prepared folder, no such split, or an argument out of range; by `next`, a corrupt record:
@@ -243,7 +245,7 @@ def make_eval_batches(
     def load(k: int) -> dict[str, Any]:
         return _padded_batch(records, chosen, starts[k], batch_size, size)
 
-    return iter(grain.MapDataset.range(len(starts)).map(load).to_iter_dataset(THREADS))
+    return iter(grain.MapDataset.range(min(first, len(starts)), len(starts)).map(load).to_iter_dataset(THREADS))
 
 
 def _padded_batch(

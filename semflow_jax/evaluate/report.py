@@ -194,7 +194,7 @@ def _class_table(result: dict[str, Any], info: DataInfo, colours: UInt8[np.ndarr
     """Template variables `iou_titles`, and `iou_rows`: name, colour, IoU by column or None where a class is absent."""
     columns = {
         "predicted": _find(result, "segmentation", "class_iou"),
-        "codec ceiling": _find(result, "segmentation", "ceiling_class_iou"),
+        "codec ceiling": _find(result, "segmentation", "ceiling", "class_iou"),
         "re-segmentation": _find(result, "synthesis", "resegmentation_class_iou"),
     }
     columns = {title: column for title, column in columns.items() if column}

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from semflow_jax.config_file import load_config
 from semflow_jax.errors import UserError
 from semflow_jax.plan.chips import Slice, make_devices, parse_slice
 from semflow_jax.plan.compiling import compile_program
@@ -75,24 +75,6 @@ def run(args: argparse.Namespace) -> None:
     if len(changes) > 1:
         print(make_table(rows, best))
     print(ABOUT)
-
-
-def load_config(path: pathlib.Path) -> ConfigDict:
-    """The config of a file, which may import its neighbours as `configs.NAME`.
-
-    Raises:
-        UserError: no such file, or none with get_config().
-    """
-    if not path.is_file():
-        raise UserError(f"--config {path}: a file with get_config() expected, found none; correct it")
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config {path}: a function get_config() expected, found none; correct it")
-    return module.get_config()
 
 
 def _parse(text: str, many: bool = False) -> list[tuple[str, Any]]:
