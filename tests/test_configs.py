@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 import raw_trees
+from jax.sharding import Mesh
 
 from configs import base
+from semflow_jax import parallel
 from semflow_jax.models.build import abstract_unet
 from semflow_jax.train import loop
 from semflow_jax.train.optim import make_optimizer
-from semflow_jax.train.setup import make_setup
+from semflow_jax.train.setup import check_mesh, check_values, make_setup
 from semflow_jax.train.step import make_state, make_train_step
 from semflow_jax.train.writer import read_metrics
 
@@ -71,7 +73,18 @@ def test_a_recipe_trains(sd, tmp_path):
     assert len(losses) == 2 and np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("name", ["ade20k", "avatars", "camvid", "celebamask_hq", "cityscapes", "coco_stuff", "folder"])
+@pytest.mark.parametrize("num_devices", [8, 16, 64])
+def test_the_recipe_of_a_pod_fits_it(num_devices):
+    c = load("coco_stuff_pod")
+    mesh = Mesh(np.resize(np.array(jax.devices()), (num_devices // 8, 8, 1)), parallel.AXES)
+    check_values(c)
+    check_mesh(c, mesh)
+
+
+RECIPES = ("ade20k", "avatars", "camvid", "celebamask_hq", "cityscapes", "coco_stuff", "coco_stuff_pod", "folder")
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_know_only_keys_of_base(name):
     """A key that base does not explain would be read by nothing."""
 
