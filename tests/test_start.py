@@ -84,6 +84,7 @@ def test_a_type_that_stores(flow, saved, data_dir):
     check_same(start.make_params(), {path: x.astype(jnp.bfloat16) for path, x in flow.params.items()})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_from_a_flow_of_ours(flow, saved, data_dir, tmp_path, monkeypatch):
     """Is opened before its end, goes on, and is what a whole run would have been."""

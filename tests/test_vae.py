@@ -94,6 +94,7 @@ def test_equals_diffusers(config, size):
     check_parity(config, size, batch=2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_equals_diffusers_at_true_size():
     check_parity(VAEConfig(), (256, 256))
