@@ -38,7 +38,7 @@ RESULT = {
             "solver": "euler",
             "steps": steps,
             "distances": {
-                "efficientnet_lite0": {"frechet": 30 / steps, "kid": 0.1},
+                "efficientnet_lite0": {"frechet": 30 / steps, "kid": 0.1, "all_samples": {"frechet": 1.5}},
                 "inception_fid": {"frechet": 20.0},
             },
         }
@@ -116,11 +116,13 @@ def test_table(base, tmp_path):
         "synthesis: euler, 25 steps": {
             "distances.efficientnet_lite0.frechet": ["1.200", "1.200", "+0.00"],
             "distances.efficientnet_lite0.kid": ["0.1000", "0.1000", "+0.00"],
+            "distances.efficientnet_lite0.all_samples.frechet": ["1.500", "1.500", "+0.00"],
             "distances.inception_fid.frechet": ["20.00", "20.00", "+0.00"],
         },
         "synthesis: euler, 1 step": {
             "distances.efficientnet_lite0.frechet": ["30.00", "30.00", "+0.00"],
             "distances.efficientnet_lite0.kid": ["0.1000", "0.1000", "+0.00"],
+            "distances.efficientnet_lite0.all_samples.frechet": ["1.500", "1.500", "+0.00"],
             "distances.inception_fid.frechet": ["20.00", "-"],
         },
         "flow: tsit5": {"straightness": ["0.03100", "0.03100", "+0.00"]},

@@ -183,8 +183,9 @@ def _plots(runs: Sequence[Run], out: pathlib.Path, differ: bool) -> Iterator[pat
     warning = "The runs' protocols differ: not comparable." if differ else ""
     plots = {("segmentation", "miou"): ("miou", "mIoU")}
     for name in dict.fromkeys(name for run in runs for row in run.figures["synthesis"].values() for name in row):
-        *_, network, metric = ("", *name.split("."))
-        if metric == "frechet":
+        section, _, rest = name.partition(".")
+        network, _, metric = rest.partition(".")
+        if section == "distances" and metric == "frechet":  # of one sample per mask, not of all
             kind = "FID" if network == FID_NETWORK else "Fréchet distance"
             plots["synthesis", name] = (f"frechet_{network}", f"{kind} (features of {network})")
     for (section, name), (stem, title) in plots.items():
