@@ -12,7 +12,7 @@ Makes .venv, installs semflow_jax there with its test tools, and runs ruff, mypy
 
 environment: PYTHON            the interpreter to make .venv with, 3.11 or later (default: python3)
              ALL=1             run the slow tests too
-             CI                run them, but for those of several processes that take longest
+             CI                run them, but for the long ones that others stand for
              SEMFLOW_TORCH=1   install diffusers, transformers and a CPU build of torch, where there is one, for the
                                parity tests (CI implies it)
              SEMFLOW_SHARED    folder of real data and weights (default: ../shared); its tests are skipped without it

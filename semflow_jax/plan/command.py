@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="KEY=A,B", help="each of these values, and each with each other"
     )
     parser.add_argument("--classes", type=int, help="of the data set; default: what is known of it")
-    parser.add_argument("--reduced", action="store_true", help="one block per level, to rank a sweep of a smaller network")
+    parser.add_argument("--reduced", action="store_true", help="one block per level, to rank a sweep")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=pathlib.Path, metavar="FILE", help="keep the executable of one program")
 
