@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from semflow_jax import parallel
+from semflow_jax.arguments import positive
 from semflow_jax.codec import Codec, load_codec
 from semflow_jax.data import prepare as data
 from semflow_jax.data.examples import FITS
@@ -43,14 +44,6 @@ def find_inputs(path: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.P
         if stems.setdefault(file.stem, file) != file:
             raise UserError(f"{file}: names must differ in more than the suffix, found {stems[file.stem]}; rename one")
     return files
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1, got {number}")
-    return number
 
 
 def _chunks(files: list[pathlib.Path], size: int, title: str) -> Iterator[list[pathlib.Path]]:

@@ -177,7 +177,7 @@ def test_files_appear_whole(tmp_path, monkeypatch):
 
     (tmp_path / "report.json").write_text("the last run's")
     with monkeypatch.context() as patched:
-        patched.setattr(report.os, "replace", stop)
+        patched.setattr("os.replace", stop)
         with pytest.raises(KeyboardInterrupt):
             write_report(tmp_path, RESULT, make_gallery(), INFO, COLOURS, METRICS)
     assert (tmp_path / "report.json").read_text() == "the last run's"

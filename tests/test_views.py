@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from semflow_jax.codec import make_patch_codec
+from semflow_jax.data.transforms import mirrored_ids
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.views import (
     Views,
-    mirrored_ids,
     probabilities,
     resize_image,
     resize_label,

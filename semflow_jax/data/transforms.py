@@ -5,6 +5,7 @@ OpenCV does the work: it resizes five times as fast as Pillow, and colours eight
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -99,16 +100,21 @@ class ColourJitter(grain.transforms.RandomMap):
         return element | {"image": cv2.transform(element["image"], affine)}
 
 
+def mirrored_ids(num: int, flip_pairs: Sequence[tuple[int, int]]) -> UInt8[np.ndarray, " n"]:
+    """The class that each of `num` class ids is in the mirror: a left eye is a right eye."""
+    ids = np.arange(num, dtype=np.uint8)
+    for left, right in flip_pairs:
+        ids[[left, right]] = right, left
+    return ids
+
+
 def mirror_label(
     label: UInt8[np.ndarray, "h w 1"], flip_pairs: tuple[tuple[int, int], ...]
 ) -> UInt8[np.ndarray, "h w 1"]:
     """The mirror image, in which classes that have a side trade places."""
     mirrored = cv2.flip(label[..., 0], 1)
     if flip_pairs:
-        ids = np.arange(256, dtype=np.uint8)
-        for left, right in flip_pairs:
-            ids[[left, right]] = right, left
-        mirrored = cv2.LUT(mirrored, ids)
+        mirrored = cv2.LUT(mirrored, mirrored_ids(256, flip_pairs))
     return mirrored[..., None]
 
 

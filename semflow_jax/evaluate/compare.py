@@ -7,13 +7,14 @@ import argparse
 import json
 import pathlib
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from semflow_jax.errors import UserError
+from semflow_jax.evaluate.output import flatten
 
 SECTIONS = ("segmentation", "synthesis", "flow")
 # Keys of a protocol that say which model was evaluated, where and when; what is under them may differ.
@@ -120,24 +121,15 @@ def _figures(path: pathlib.Path, section: str, rows: list[dict[str, Any]]) -> Ta
             raise UserError(f"{path}: {section}: one row of each kind expected, found two of {key}; take one out")
         found[key] = {
             name: float(value)
-            for name, value in _flatten({name: value for name, value in row.items() if name not in Key._fields})
+            for name, value in flatten({name: value for name, value in row.items() if name not in Key._fields})
             if isinstance(value, int | float) and "class_iou" not in name
         }
     return found
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _differences(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """A line for each key of the protocols whose values differ: those that matter, and those that may differ."""
-    protocols = [dict(_flatten(run.protocol)) for run in runs]
+    protocols = [dict(flatten(run.protocol)) for run in runs]
     serious: list[str] = []
     harmless: list[str] = []
     for key in dict.fromkeys(key for protocol in protocols for key in protocol):

@@ -5,6 +5,7 @@ sample per mask, the first, so that as many images stand against as many; beside
 them against the same real ones.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from semflow_jax import parallel
 from semflow_jax.evaluate import distances
 from semflow_jax.evaluate.features import FeatureNet, LpipsNet
+from semflow_jax.evaluate.synthesis import mean_over_pairs
 from semflow_jax.evaluate.tally import Counts
 from semflow_jax.sampling import to_float
 
@@ -43,6 +45,7 @@ class Judges:
         self.lpips = lpips
         self.mesh = mesh
         self.pictures = pictures
+        self.real: dict[tuple[str, ...], np.ndarray] = {}  # features of a batch, by network and ids: alike in all rows
         everywhere = parallel.replicated(mesh)
         self.params = {net.name: parallel.everywhere(net.params, mesh) for net in nets}
         self.feature_fns = {net.name: jax.jit(net.features, out_shardings=everywhere) for net in nets}
@@ -53,11 +56,10 @@ class Judges:
     def _lpips(self, params, real, samples):
         """Means of each mask: over its samples the distance to the real image, over pairs that between samples."""
         assert self.lpips is not None
-        distance, num = self.lpips.distance, len(samples)
-        real, samples = to_float(real), [to_float(x) for x in samples]
-        to_real = jnp.stack([distance(params, x, real) for x in samples])
-        pairs = [distance(params, samples[i], samples[j]) for i in range(num) for j in range(i + 1, num)]
-        return {"lpips_real": to_real.mean(0), "lpips_diversity": jnp.stack(pairs).mean(0)}
+        distance = functools.partial(self.lpips.distance, params)
+        real, samples = to_float(real), jnp.stack([to_float(x) for x in samples])
+        to_real = jnp.stack([distance(x, real) for x in samples])
+        return {"lpips_real": to_real.mean(0), "lpips_diversity": mean_over_pairs(distance, samples)}
 
     def look(
         self,
@@ -69,7 +71,9 @@ class Judges:
         """What is kept of every example that is no padding."""
         kept = {}
         for name, fn in self.feature_fns.items():
-            kept[f"real/{name}"] = np.asarray(fn(self.params[name], real))[valid]
+            if (name, *ids) not in self.real:
+                self.real[name, *ids] = np.asarray(fn(self.params[name], real))[valid]
+            kept[f"real/{name}"] = self.real[name, *ids]
             features = [np.asarray(fn(self.params[name], x))[valid] for x in samples]
             kept[f"samples/{name}"] = np.stack(features, axis=1)
         if self.lpips is not None:

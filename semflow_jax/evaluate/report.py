@@ -3,11 +3,9 @@
 import base64
 import dataclasses
 import io
-import json
 import math
-import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
@@ -19,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image, ImageDraw, ImageFont
 
 from semflow_jax.data.info import DataInfo
+from semflow_jax.evaluate.output import flatten, plain, write, write_json
 from semflow_jax.palette import VOID_COLOUR
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
@@ -66,7 +65,7 @@ def write_report(
         colours: of the classes.
         metrics: rows of `metrics.jsonl`.
     """
-    result = _clean(result)
+    result = plain(result)
     columns = _columns(gallery, colours)
     occurring = np.union1d(gallery.label, gallery.prediction)
     h, w = gallery.image.shape[1:3]
@@ -85,37 +84,17 @@ def write_report(
         paths=[[_data_uri(frame) for frame in path] for path in _shrink(gallery.frames.swapaxes(0, 1))],
         cell=round(112 * math.sqrt(w / h)),  # equal areas, whatever the shape
         crisp=max(h, w) <= 112,
-        curves=_curves(_clean(metrics), _find(result, "segmentation", "codec_ceiling_miou")),
+        curves=_curves(plain(metrics), _find(result, "segmentation", "codec_ceiling_miou")),
         **_class_table(result, info, colours),
-        config=list(_flatten(result.get("config") or {})),
-        run=[(k, v) for k, v in _flatten({k: v for k, v in result.items() if k != "config"}) if "class_iou" not in k],
+        config=_leaves(result.get("config") or {}),
+        run=[(k, v) for k, v in _leaves({k: v for k, v in result.items() if k != "config"}) if "class_iou" not in k],
         sha256=result.get("params_sha256"),
     )
     picture = io.BytesIO()
     _contact_sheet(columns).save(picture, "png", optimize=True)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / "report.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-    _write(out_dir / "gallery.png", picture.getvalue())
-    _write(out_dir / "report.html", page.encode())
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-def _clean(tree: Any) -> Any:
-    """What JSON can hold: plain numbers for arrays and scalars of any make, None for figures that are not finite."""
-    if isinstance(tree, Mapping):
-        return {str(k): _clean(v) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_clean(v) for v in tree]
-    if hasattr(tree, "tolist"):
-        return _clean(tree.tolist())
-    if isinstance(tree, float):
-        return tree if math.isfinite(tree) else None
-    return tree if tree is None or isinstance(tree, bool | int | str) else str(tree)
+    write_json(out_dir / "report.json", result)
+    write(out_dir / "gallery.png", picture.getvalue())
+    write(out_dir / "report.html", page.encode())
 
 
 def _find(tree: Any, *keys: str) -> Any:
@@ -125,13 +104,9 @@ def _find(tree: Any, *keys: str) -> Any:
     return tree
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, "" if value is None else value
+def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    """By dotted key, as they are shown."""
+    return [(key, "" if x is None else x) for key, x in flatten(tree) if x != {}]
 
 
 def _duration(seconds: float) -> str:

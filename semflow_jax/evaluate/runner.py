@@ -17,10 +17,11 @@ from semflow_jax import noise, parallel
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.pipeline import make_eval_batches
 from semflow_jax.data.records import count_records
+from semflow_jax.data.transforms import mirrored_ids
 from semflow_jax.evaluate import boundary, calibration, geometry, segmentation, synthesis
 from semflow_jax.evaluate.report import Gallery
 from semflow_jax.evaluate.tally import Counts, tally
-from semflow_jax.evaluate.views import Views, mirrored_ids, probabilities, resize_image, resize_label, view_sizes
+from semflow_jax.evaluate.views import Views, probabilities, resize_image, resize_label, view_sizes
 from semflow_jax.models.build import Params
 from semflow_jax.sampling import Frozen, Sampler
 
@@ -79,7 +80,7 @@ class Evaluator:
         return min(limit or num, num)
 
     def _batches(
-        self, first: int, split: str, limit: int | None, progress: str | None
+        self, split: str, limit: int | None, progress: str | None, first: int = 0
     ) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
         """Global batches with this process's ids."""
         size = parallel.local_batch_size(self.c.eval.batch_size, self.mesh)
@@ -174,7 +175,7 @@ class Evaluator:
         def count(found):
             return self.segment_fn(params, frozen, found[0], setting=setting or self.setting)[0], {}
 
-        counts = tally(lambda first: self._batches(first, split, limit, progress), count, keep)
+        counts = tally(functools.partial(self._batches, split, limit, progress), count, keep)
         bins: Any = (counts[f"calibration_{name}"] for name in calibration.Counts._fields)
         ceiling = self._scores(counts["ceiling_matrix"], counts["ceiling_boundary"])
         return self._scores(counts["matrix"], counts["boundary"]) | {
@@ -216,7 +217,7 @@ class Evaluator:
             more = judge(resize_image(batch["image"], self.size), samples, valid, ids)
             return sums, kept | more
 
-        counts = tally(lambda first: self._batches(first, split, limit, progress), count, keep)
+        counts = tally(functools.partial(self._batches, split, limit, progress), count, keep)
         again = segmentation.scores(counts.pop("matrix"), self.info.class_names)
         found = {
             "resegmentation_miou": again["miou"],
@@ -249,7 +250,7 @@ class Evaluator:
             valid = parallel.to_host(batch["valid"])
             return sums, {name: np.asarray(x)[valid] for name, x in each.items()}
 
-        counts = tally(lambda first: self._batches(first, split, limit, progress), count, keep)
+        counts = tally(functools.partial(self._batches, split, limit, progress), count, keep)
         again = segmentation.scores(counts.pop("matrix"), self.info.class_names)
         found = {name: float(x.mean(dtype=np.float64)) for name, x in counts.items()}
         return found | {"round_trip_mask_miou": again["miou"]}
@@ -257,7 +258,7 @@ class Evaluator:
     def gallery(self, params: Params, frozen: Frozen, split: str) -> Gallery:
         """Images from all over a split with their predictions, synthesized samples and paths."""
         num = min(self.c.eval.gallery, self.c.eval.batch_size, count_records(self.data_dir)[split])
-        batch, _ = next(self._batches(0, split, num, None))
+        batch, _ = next(self._batches(split, num, None))
         prediction = self.segment_fn(params, frozen, batch, setting=self.setting)[1]
         key = jax.random.key(self.c.seed)
         samples = self.synthesize_fn(params, frozen, batch, key, setting=self.setting)[2]

@@ -14,12 +14,13 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from semflow_jax import parallel
+from semflow_jax.arguments import numbers, positive, words
 from semflow_jax.config_file import load_config
 from semflow_jax.data.prepare import ensure
 from semflow_jax.data.records import count_records, final_split, load_info
@@ -27,6 +28,7 @@ from semflow_jax.errors import UserError
 from semflow_jax.evaluate.external import score_predictions
 from semflow_jax.evaluate.features import FEATURE_NETS, LPIPS_NETS, load_features, load_lpips
 from semflow_jax.evaluate.judges import Judges
+from semflow_jax.evaluate.output import plain, write_json
 from semflow_jax.evaluate.runner import Evaluator, Setting
 from semflow_jax.evaluate.views import Views
 from semflow_jax.pipeline import SemFlow, shipped
@@ -42,27 +44,6 @@ SHOWN = {  # of the table that is printed
 }
 
 
-def _numbers(kind: type) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        found = [kind(part) for part in text.split(",")]
-        if min(found) <= 0:
-            raise ValueError
-        return found
-
-    parse.__name__ = "list of positive numbers"  # argparse's word for it in errors
-    return parse
-
-
-def _words(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        found = text.split(",")
-        if set(found) - set(choices):
-            raise argparse.ArgumentTypeError(f"of {', '.join(choices)}, with commas, got {text!r}")
-        return found
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = ", ".join(shipped())
     parser.add_argument("--checkpoint", required=True, help=f"of a model or a run; these come along: {models}")
@@ -70,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a prepared data set; figures at its resolution")
     data.add_argument("--config", type=pathlib.Path, metavar="FILE", help="the data of a config, prepared if need be")
     parser.add_argument("--split", help="default: test, or val where there is no test")
-    parser.add_argument("--limit", type=int, help="so many examples, evenly over the split; default: all")
-    parser.add_argument("--steps", type=_numbers(int), metavar="N,N", help="of the ODE solver; default: the model's")
-    parser.add_argument("--solver", type=_words(SOLVERS), metavar="S,S", help=f"of {', '.join(SOLVERS)}; default: its")
-    parser.add_argument("--sections", type=_words(SECTIONS), default=list(SECTIONS), metavar="A,B", help="default: all")
+    parser.add_argument("--limit", type=positive, help="so many examples, evenly over the split; default: all")
+    parser.add_argument("--steps", type=numbers(int), metavar="N,N", help="of the ODE solver; default: the model's")
+    parser.add_argument("--solver", type=words(SOLVERS), metavar="S,S", help=f"of {', '.join(SOLVERS)}; default: its")
+    parser.add_argument("--sections", type=words(SECTIONS), default=list(SECTIONS), metavar="A,B", help="default: all")
     views = "also segment by the mean over views"
-    parser.add_argument("--scales", type=_numbers(float), metavar="X,X", help=f"{views} of these scales")
+    parser.add_argument("--scales", type=numbers(float), metavar="X,X", help=f"{views} of these scales")
     parser.add_argument("--mirror", action="store_true", help=f"{views} mirrored and not")
     nets = ", ".join(FEATURE_NETS)
     what = f"Fréchet and kernel distance, precision and recall on a network's features ({nets}); may be repeated"
@@ -86,15 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the perturbation")
     parser.add_argument("--pictures", type=pathlib.Path, metavar="DIR", help="write what is synthesized as PNGs")
     parser.add_argument("--predictions", type=pathlib.Path, metavar="DIR", help="what another segmenter makes of them")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all devices together")
+    parser.add_argument("--batch-size", type=positive, default=32, help="of all devices together")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("result.json"), help="default: result.json")
 
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for whatever does not fit together, before anything long begins."""
-    for name, least in (("num_samples", 2), ("batch_size", 1), ("limit", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: at least {least}, got {getattr(args, name)}; raise it")
+    if args.num_samples < 2:
+        raise UserError(f"--num-samples: at least 2, got {args.num_samples}; raise it")
     parallel.initialize()
     mesh = parallel.make_mesh()
     parallel.local_batch_size(args.batch_size, mesh, "--batch-size")
@@ -237,7 +217,7 @@ class Study:
             self.judges.pictures = pictures
             found = self.evaluator.synthesis(*self.inputs, **options, judge=self.judges.look)
             found |= self.judges.figures(found.pop("judged"))
-        self.result[section] = [*others, head | found]
+        self.result[section] = [*others, plain(head | found)]
         self._write()
 
     def _external(self) -> None:
@@ -248,21 +228,16 @@ class Study:
             folder = self.args.predictions / _folder(row)
             if folder.is_dir():
                 e = self.evaluator
-                row["external"] = {"predictions": str(self.args.predictions)} | score_predictions(
-                    folder, e.data_dir, self.split, e.info, e.size, self.args.limit
-                )
+                found = score_predictions(folder, e.data_dir, self.split, e.info, e.size, self.args.limit)
+                row["external"] = plain({"predictions": str(self.args.predictions)} | found)
         if not any("external" in row for row in self.result["synthesis"]):
             names = ", ".join(_folder(row) for row in self.result["synthesis"])
             raise UserError(f"--predictions {self.args.predictions}: one of {names} expected in it, found none")
         self._write()
 
     def _write(self) -> None:
-        if jax.process_index():
-            return
-        new = self.args.out.with_name(f"{self.args.out.name}.new")
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(self.result, indent=2))
-        os.replace(new, self.args.out)  # whole, or as it was
+        if jax.process_index() == 0:
+            write_json(self.args.out, self.result)
 
 
 def _folder(row: dict[str, Any]) -> str:
@@ -277,7 +252,7 @@ def _table(result: dict[str, Any]) -> str:
 
 def _lines(section: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
-        figures = {name: row[name] for name in SHOWN[section] if name in row}
+        figures = {name: row[name] for name in SHOWN[section] if row.get(name) is not None}
         for net, found in row.get("distances", {}).items():
             figures |= {f"{'FID' if net == 'inception_fid' else f'Fréchet ({net})'}": found["frechet"]}
         if "external" in row:

@@ -3,8 +3,8 @@
 Counts are exact whatever the batches: integers are added up as int64, figures of single examples as float64.
 """
 
+import io
 import logging
-import os
 import pathlib
 import time
 import zipfile
@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from semflow_jax.evaluate.output import write
 
 log = logging.getLogger(__name__)
 KEEP_SECONDS = 60
@@ -67,8 +69,6 @@ def _keep(path: pathlib.Path, sums: Counts, each: dict[str, list[np.ndarray]], d
         return
     arrays: dict[str, Any] = {f"+{name}": x for name, x in sums.items()}
     arrays |= {f"={name}": np.concatenate(pieces) for name, pieces in each.items()} | {DONE: np.int64(done)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(new, path)  # whole, or not there
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write(path, data.getvalue())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params
@@ -36,14 +36,6 @@ class Views:
         return [f"{scale:g}{side}" for scale in self.scales for side in ("", " mirrored")[: 1 + self.mirror]]
 
 
-def mirrored_ids(num_classes: int, flip_pairs: Sequence[tuple[int, int]]) -> Int[np.ndarray, " n"]:
-    """The class that each class is in the mirror: a left eye is a right eye."""
-    ids = np.arange(num_classes)
-    for left, right in flip_pairs:
-        ids[[left, right]] = right, left
-    return ids
-
-
 def resize_image(image: UInt8[Array, "b h w 3"], size: tuple[int, int]) -> UInt8[Array, "b h2 w2 3"]:
     """By Lanczos' filter of radius 3, widened where the image gets smaller."""
     if image.shape[1:3] == size:
@@ -59,7 +51,11 @@ def resize_label(label: UInt8[Array, "b h w 1"], size: tuple[int, int]) -> UInt8
 
 def view_sizes(size: tuple[int, int], views: Views, factor: int) -> list[tuple[int, int]]:
     """The size of every scale, in whole multiples of `factor`, the pixels of the network's coarsest cell."""
-    return [tuple(max(1, round(scale * n / factor)) * factor for n in size) for scale in views.scales]  # type: ignore
+
+    def side(length: int, scale: float) -> int:
+        return max(1, round(scale * length / factor)) * factor
+
+    return [(side(size[0], scale), side(size[1], scale)) for scale in views.scales]
 
 
 def probabilities(
@@ -69,7 +65,7 @@ def probabilities(
     image: UInt8[Array, "b h w 3"],
     label_size: tuple[int, int],
     sizes: Sequence[tuple[int, int]],
-    mirror: Int[np.ndarray, " n"] | None,
+    mirror: UInt8[np.ndarray, " n"] | None,
     steps: int,
     solver: str,
 ) -> Float[Array, "b h2 w2 n"]:
@@ -77,7 +73,7 @@ def probabilities(
 
     Args:
         sizes: that the image is segmented at.
-        mirror: the classes in the mirror, see `mirrored_ids`; None for no mirrored views.
+        mirror: the classes in the mirror, see `transforms.mirrored_ids`; None for no mirrored views.
     """
 
     def one(picture):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from semflow_jax.models.inception import BatchNorm
-from semflow_jax.models.layers import Conv, fan_in_init
+from semflow_jax.models.layers import BatchNorm, Conv, Padding
 
 SIZE = (224, 224)
 NUM_FEATURES = 1280
@@ -26,22 +25,10 @@ STAGES = (
 )
 
 
-class DepthwiseConv(nnx.Module):
-    """A filter for every channel, padded as TensorFlow does."""
-
-    def __init__(self, channels: int, kernel: int, stride: int, *, rngs: nnx.Rngs):
-        self.stride = stride
-        self.weight = nnx.Param(fan_in_init(rngs.params(), (kernel, kernel, 1, channels), jnp.float32))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b ho wo c"]:
-        return jax.lax.conv_general_dilated(
-            x,
-            self.weight[...],
-            (self.stride, self.stride),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
-        )
+def _pad(kernel: int, stride: int) -> Padding:
+    """TensorFlow's 'SAME' of maps whose sides the stride divides, as all are here."""
+    before = (kernel - stride) // 2
+    return ((before, kernel - stride - before),) * 2
 
 
 class Block(nnx.Module):
@@ -52,7 +39,7 @@ class Block(nnx.Module):
         self.skip = stride == 1 and n_in == n_out
         self._expand_conv = Conv(n_in, n, kernel=1, bias=False, rngs=rngs) if expansion > 1 else None
         self._bn0 = BatchNorm(n, rngs=rngs) if expansion > 1 else None
-        self._depthwise_conv = DepthwiseConv(n, kernel, stride, rngs=rngs)
+        self._depthwise_conv = Conv(n, n, kernel, stride, _pad(kernel, stride), bias=False, groups=n, rngs=rngs)
         self._bn1 = BatchNorm(n, rngs=rngs)
         self._project_conv = Conv(n, n_out, kernel=1, bias=False, rngs=rngs)
         self._bn2 = BatchNorm(n_out, rngs=rngs)
@@ -76,8 +63,7 @@ class EfficientNetLite0(nnx.Module):
     """Images, 0..255 and of any size -> what the pool after the last convolution holds."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        # TensorFlow's padding of an even side at stride 2.
-        self._conv_stem = Conv(3, 32, stride=2, padding=((0, 1), (0, 1)), bias=False, rngs=rngs)
+        self._conv_stem = Conv(3, 32, stride=2, padding=_pad(3, 2), bias=False, rngs=rngs)
         self._bn0 = BatchNorm(32, rngs=rngs)
         blocks = []
         n_in = 32

@@ -14,48 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from semflow_jax.models.layers import fan_in_init
+from semflow_jax.models.layers import BatchNorm, Conv
 
 SIZE = (299, 299)
 NUM_FEATURES = 2048
-
-
-class BatchNorm(nnx.Module):
-    """Normalisation by fixed statistics, as `torch.nn.BatchNorm2d` in evaluation."""
-
-    def __init__(self, channels: int, eps: float = 1e-3, *, rngs: nnx.Rngs):
-        del rngs  # constant initialisation; taken so that all layers are built alike
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((channels,)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
-        self.running_mean = nnx.Param(jnp.zeros((channels,)))
-        self.running_var = nnx.Param(jnp.ones((channels,)))
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.eps)
-        return x * scale + (self.bias[...] - self.running_mean[...] * scale)
-
-
-class PlainConv(nnx.Module):
-    """2-D convolution without bias whose kernel may be longer one way than the other."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: tuple[int, int],
-        stride: int,
-        same: bool,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.stride = stride
-        self.padding = "SAME" if same else "VALID"
-        self.weight = nnx.Param(fan_in_init(rngs.params(), (*kernel, in_channels, out_channels), jnp.float32))
-
-    def __call__(self, x: Float[Array, "b h w cin"]) -> Float[Array, "b ho wo cout"]:
-        strides, layout = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, self.weight[...], strides, self.padding, dimension_numbers=layout)
+VALID = ((0, 0), (0, 0))  # no padding
 
 
 class BasicConv(nnx.Module):
@@ -71,8 +34,8 @@ class BasicConv(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.conv = PlainConv(in_channels, out_channels, sides, stride, same, rngs=rngs)
+        padding = None if same else VALID
+        self.conv = Conv(in_channels, out_channels, kernel, stride, padding, bias=False, rngs=rngs)
         self.bn = BatchNorm(out_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w cin"]) -> Float[Array, "b ho wo cout"]:

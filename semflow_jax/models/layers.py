@@ -44,11 +44,19 @@ def check_size(network: str, image: Float[Array, "b h w c"], factor: int) -> Non
 
 
 def _convolve(
-    x: Float[Array, "b h w cin"], weight: Float[Array, "kh kw cin cout"], stride: int, padding: Padding
+    x: Float[Array, "b h w cin"], weight: Float[Array, "kh kw cgroup cout"], stride: int, padding: Padding
 ) -> Float[Array, "b ho wo cout"]:
+    groups = x.shape[-1] // weight.shape[2]
+
     def native(x, weight):
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, weight, (stride, stride), padding, dimension_numbers=layout)
+        return jax.lax.conv_general_dilated(
+            x,
+            weight,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
 
     def by_patches(x, weight):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -59,38 +67,41 @@ def _convolve(
 
     # On a CPU, one matrix product of all patches takes half the time of XLA's convolution where the weights outweigh
     # the map: 1280 channels at 8 x 8.
-    if stride == 1 and weight.shape[2] * weight.shape[3] >= WIDE and x.shape[1] * x.shape[2] <= SMALL:
+    wide = groups == 1 and weight.shape[2] * weight.shape[3] >= WIDE
+    if stride == 1 and wide and x.shape[1] * x.shape[2] <= SMALL:
         return jax.lax.platform_dependent(x, weight, cpu=by_patches, default=native)
     return native(x, weight)
 
 
 class Conv(nnx.Module):
-    """2-D convolution, as `torch.nn.Conv2d`; `padding` is ((top, bottom), (left, right))."""
+    """2-D convolution, as `torch.nn.Conv2d`; `padding` is ((top, bottom), (left, right)), else half the kernel."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel: int = 3,
+        kernel: int | tuple[int, int] = 3,
         stride: int = 1,
         padding: Padding | None = None,
         bias: bool = True,
+        groups: int = 1,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         weight_init=fan_in_init,
         rngs: nnx.Rngs,
     ):
-        side = kernel // 2
+        kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
         self.stride = stride
-        self.padding = ((side, side), (side, side)) if padding is None else padding
+        self.padding = ((kh // 2, kh // 2), (kw // 2, kw // 2)) if padding is None else padding
         self.dtype = dtype
-        self.weight = nnx.Param(weight_init(rngs.params(), (kernel, kernel, in_channels, out_channels), param_dtype))
+        shape = (kh, kw, in_channels // groups, out_channels)
+        self.weight = nnx.Param(weight_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "b h w cin"]) -> Float[Array, "b ho wo cout"]:
         weight = self.weight[...].astype(self.dtype)
-        if weight.shape[:2] == (1, 1) and self.stride == 1:
+        if weight.shape[:3] == (1, 1, x.shape[-1]) and self.stride == 1:
             x = x.astype(self.dtype) @ weight[0, 0]
         else:
             x = _convolve(x.astype(self.dtype), weight, self.stride, self.padding)
@@ -118,6 +129,22 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... cin"]) -> Float[Array, "... cout"]:
         x = x.astype(self.dtype) @ self.weight[...].astype(self.dtype)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Normalisation by fixed statistics, as `torch.nn.BatchNorm2d` in evaluation."""
+
+    def __init__(self, channels: int, eps: float = 1e-3, *, rngs: nnx.Rngs):
+        del rngs  # constant initialisation; taken so that all layers are built alike
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((channels,)))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.running_mean = nnx.Param(jnp.zeros((channels,)))
+        self.running_var = nnx.Param(jnp.ones((channels,)))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.eps)
+        return x * scale + (self.bias[...] - self.running_mean[...] * scale)
 
 
 class GroupNorm(nnx.Module):
