@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from semflow_jax import noise, whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
-from semflow_jax.models.layers import from_patches, to_patches
+from semflow_jax.models.layers import AnyArray, from_patches, to_patches
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.models.vae import AutoencoderKL, VAEConfig
@@ -32,7 +32,6 @@ from semflow_jax.weights.load import fill, load_safetensors
 from semflow_jax.weights.stable_diffusion import find_pretrained, load_vae
 
 CODECS = ("patch", "kl", *TINY_VAES)
-AnyArray = Any  # numpy in, numpy out; jax in, jax out
 Moments = tuple[Array, Array | None]
 
 

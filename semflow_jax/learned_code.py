@@ -150,7 +150,8 @@ def fit(
 
     def loss_fn(params: Params, label: Array, key: Array) -> Array:
         y = analyse(params, label)
-        u = (y - y.mean((0, 1, 2))) / jnp.maximum(y.std((0, 1, 2)), LEAST_STD)
+        std = jnp.sqrt(jnp.maximum(y.var((0, 1, 2)), LEAST_STD**2))  # in this order: the root has no slope at 0
+        u = (y - y.mean((0, 1, 2))) / std
         key_perturb, key_level, key_noise = jax.random.split(key, 3)
         level = n.noise * jax.random.uniform(key_level, (len(u), 1, 1, 1))
         heard = perturb(key_perturb, u, label, num_classes, c.pixel, c.region)
@@ -164,6 +165,10 @@ def fit(
         loss, grads = jax.value_and_grad(loss_fn)(params, label, jax.random.fold_in(key, i))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def encode_fn(params: Params, image: Array, i: Array) -> Array:
+        return codec.encode(params, image.astype(jnp.float32) / 127.5 - 1, jax.random.fold_in(key, i))
 
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     side = max(n.crop // codec.factor, 1) * codec.factor
@@ -179,8 +184,7 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.4f}")
     analyse_fn = jax.jit(analyse)
     code = _moments(np.asarray(analyse_fn(params, label[None])) for label in labels)
-    encode_fn = jax.jit(lambda image, i: codec.encode(codec.params, image / 127.5 - 1, jax.random.fold_in(key, i)))
-    image = _moments(np.asarray(encode_fn(x[None].astype(np.float32), np.int32(i))) for i, x in enumerate(images))
+    image = _moments(np.asarray(encode_fn(codec.params, x[None], np.int32(i))) for i, x in enumerate(images))
     arrays = {name: np.asarray(x) for name, x in params.items()}
     return arrays | dict(zip(MOMENTS, (*image, *code), strict=True))
 
