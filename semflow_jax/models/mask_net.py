@@ -31,7 +31,7 @@ class MaskNetConfig:
     num_classes: int
     factor: int
     channels: int
-    width: int = 96
+    width: int = 64
     pixel_width: int = 16
     num_blocks: int = 2
     bound: float = 3.0
