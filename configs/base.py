@@ -42,11 +42,21 @@ def get_config() -> ConfigDict:
     c.codec.path = ""  # weights, for the others; $VARIABLES expand; kl takes those of `init` where there is one
 
     c.mask_code = ConfigDict()
-    c.mask_code.name = "colour"  # colour: the paper's pseudo-masks | linear: whitened one-hot patches
+    c.mask_code.name = "colour"  # colour: the paper's pseudo-masks | linear: whitened one-hot patches | learned
     c.mask_code.palette = "spread"  # grid: the paper's colours | spread: far apart
     c.mask_code.pixel = 0.1  # amplitude of the perturbation per pixel and channel, as in the paper
     c.mask_code.region = 0.0  # amplitude of the perturbation per class of an image and channel
     c.mask_code.whiten = 0.5  # the same for linear
+    c.mask_code.learned = ConfigDict()  # see learned_code.py; pixel and region are in units of the latents' spread
+    c.mask_code.learned.width = 64  # channels of its networks on the latent grid
+    c.mask_code.learned.pixel_width = 16  # channels of a pixel
+    c.mask_code.learned.blocks = 2  # residual blocks of each network on the latent grid
+    c.mask_code.learned.noise = 0.5  # largest standard deviation of the noise it learns to bear, of the latents' spread
+    c.mask_code.learned.smoothness = 0.1  # weight of differences between neighbouring latents
+    c.mask_code.learned.steps = 600  # of its training, before that of the flow
+    c.mask_code.learned.batch_size = 16
+    c.mask_code.learned.crop = 64  # side of its training masks in pixels
+    c.mask_code.learned.lr = 2e-3
 
     c.model = ConfigDict()  # see UNetConfig; channels follow from the codec
     c.model.block_out_channels = (32, 64, 96)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from semflow_jax import noise, whiten
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params, make_fns
+from semflow_jax.models.layers import AnyArray, from_patches, to_patches
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.unet_config import DTYPES
 from semflow_jax.models.vae import AutoencoderKL, VAEConfig
@@ -31,7 +32,6 @@ from semflow_jax.weights.load import fill, load_safetensors
 from semflow_jax.weights.stable_diffusion import find_pretrained, load_vae
 
 CODECS = ("patch", "kl", *TINY_VAES)
-AnyArray = Any  # numpy in, numpy out; jax in, jax out
 Moments = tuple[Array, Array | None]
 
 
@@ -89,20 +89,6 @@ def sample(
 ) -> Float[Array, "*shape"]:
     """A sample of a normal distribution; its mode without a key, and where it has no width."""
     return mean if std is None or key is None else mean + std * noise.normal(key, std.shape)
-
-
-def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
-    """Space to depth: [b h w c] -> [b h/f w/f f*f*c]."""
-    b, h, w, c = image.shape
-    x = image.reshape(b, h // factor, factor, w // factor, factor, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
-
-
-def from_patches(z: Float[AnyArray, "b hz wz d"], factor: int) -> Float[AnyArray, "b h w c"]:
-    """Depth to space, the inverse of `to_patches`."""
-    b, h, w, d = z.shape
-    x = z.reshape(b, h, w, factor, factor, d // factor**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, d // factor**2)
 
 
 def fit_patch_codec(

@@ -1,4 +1,4 @@
-"""Class ids <-> mask latents z_1, of the image latents' shape. Two codes, one interface.
+"""Class ids <-> mask latents z_1, of the image latents' shape. Three codes, one interface.
 
 `colour` is the paper's: class ids become the colours of a palette, perturbed, and pass through the image codec.
 
@@ -10,6 +10,8 @@
 The three channels of tint carry what a mask does not say: a random colour per class of an image, averaged over the
 patch, of amplitude `region`. The noise has amplitude `pixel`. Synthesis turns tint into the colours of the picture;
 segmentation finds it there, and drops it.
+
+`learned` is a pair of small networks, see `learned_code.py`.
 """
 
 import dataclasses
@@ -22,12 +24,13 @@ import numpy as np
 from jaxtyping import Array, Key, UInt8
 from ml_collections import ConfigDict
 
-from semflow_jax import noise, palette, whiten
-from semflow_jax.codec import Codec, from_patches, to_patches
+from semflow_jax import learned_code, noise, palette, whiten
+from semflow_jax.codec import Codec
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Params
+from semflow_jax.models.layers import from_patches, to_patches
 
-CODES = ("colour", "linear")
+CODES = ("colour", "linear", "learned")
 NUM_TINT = 3  # channels
 SHARPNESS = 8.0  # of (3) in palette.py for one-hot vectors: 1 / sigma^2, sigma a quarter of their distance, sqrt(2)
 BALANCE = 0.25  # exponent of the class weights
@@ -130,7 +133,7 @@ def make_mask_code(
     """The code of a config section.
 
     Args:
-        params: the fitted arrays of 'linear'.
+        params: the fitted arrays of 'linear' and 'learned'.
         colours: those a saved model was trained with; by default the palette that `c` names.
     """
     if c.name not in CODES:
@@ -138,6 +141,9 @@ def make_mask_code(
     colours = palette.make_palette(c.palette, num_classes) if colours is None else colours
     if c.name == "colour":
         code = make_colour_code(codec, colours, c.pixel, c.region)
-    else:
+    elif c.name == "linear":
         code = make_linear_code(codec, colours, params, c.pixel, c.region)
+    else:
+        fns = learned_code.make_learned_fns(c, codec, num_classes, params)
+        code = MaskCode("learned", colours, params, *fns)
     return dataclasses.replace(code, config=c.to_dict())

@@ -188,6 +188,14 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
     return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
+def of_first(tree: Any, name: str) -> Any:
+    """Process 0's host arrays in all processes, which come to this place, see `wait_for_all`, with shapes like them."""
+    if jax.process_count() == 1:
+        return tree
+    wait_for_all(name)
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch this process brings, and how many parts there are.
 

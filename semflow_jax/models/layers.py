@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from semflow_jax.errors import UserError
 
+AnyArray = Any  # numpy in, numpy out; jax in, jax out
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 WIDE, SMALL = 2**20, 2**8  # weights per tap, and places of a map
@@ -188,3 +189,17 @@ class LayerNorm(nnx.Module):
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Doubles height and width, each pixel becoming a 2 x 2 square."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def to_patches(image: Float[AnyArray, "b h w c"], factor: int) -> Float[AnyArray, "b hz wz d"]:
+    """Space to depth: [b h w c] -> [b h/f w/f f*f*c]."""
+    b, h, w, c = image.shape
+    x = image.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
+
+
+def from_patches(z: Float[AnyArray, "b hz wz d"], factor: int) -> Float[AnyArray, "b h w c"]:
+    """Depth to space, the inverse of `to_patches`."""
+    b, h, w, d = z.shape
+    x = z.reshape(b, h, w, factor, factor, d // factor**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, d // factor**2)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import parallel
+from semflow_jax import learned_code, parallel
 from semflow_jax.codec import Codec, load_codec, make_kl_codec, make_patch_codec, make_tiny_codec
 from semflow_jax.data.records import load_info
 from semflow_jax.data.sources import ade20k, avatars, celebamask_hq, cityscapes, coco_stuff
@@ -170,6 +170,8 @@ def _make_parts(c: ConfigDict, num_classes: int, reduced: bool) -> tuple[UNetCon
             codec = make_patch_codec(c.codec.factor, _abstract_whitening(codec.channels, codec.channels))
         if c.mask_code.name == "linear":
             fitted = _abstract_whitening(codec.factor**2 * num_classes, codec.channels - NUM_TINT)
+        elif c.mask_code.name == "learned":
+            fitted = learned_code.abstract_params(c.mask_code, codec, num_classes)
         code = make_mask_code(c.mask_code, codec, num_classes, fitted)
     sampler = Sampler(make_velocity_fn(unet), codec, code)
     return unet, sampler, sampler.frozen if context is None else sampler.frozen | {"context": context}

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import flow, parallel, solve
+from semflow_jax import flow, learned_code, parallel, solve
 from semflow_jax.codec import Codec, fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.prepare import ensure
@@ -28,6 +28,7 @@ from semflow_jax.train.optim import make_schedule
 from semflow_jax.train.start import Start, find_start, resume_start
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
+NUM_MEASURED = 64  # training images whose latents a learned mask code takes its spread from
 FREE_KEYS = (  # what such keys begin with may change when a run goes on
     "batch_size",
     "checkpoint_every",
@@ -153,6 +154,8 @@ def check_values(c: ConfigDict) -> None:
     solve.check(c.sampling.solver, c.sampling.steps)
     if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
+    if c.mask_code.name == "learned":
+        learned_code.check(c.mask_code)
 
 
 def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
@@ -179,12 +182,17 @@ def _fit(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Co
     """Codec and mask code, fitted to training data where they have something to fit."""
     records = open_healthy(data_dir, "train", c.data.max_corrupt)
 
-    def chosen(kind: str) -> Iterator[np.ndarray]:
-        return (crop_centre(records[i], info.size)[kind] for i in spread_indices(len(records), NUM_FITTED))
+    def chosen(kind: str, limit: int = NUM_FITTED) -> Iterator[np.ndarray]:
+        return (crop_centre(records[i], info.size)[kind] for i in spread_indices(len(records), limit))
 
     if c.codec.name == "patch" and c.codec.whiten:
         codec = make_codec(codec.config, fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten))
     fitted: Params = {}
     if c.mask_code.name == "linear":
         fitted = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
+    elif c.mask_code.name == "learned":
+        images, labels = chosen("image", NUM_MEASURED), list(chosen("label"))
+        progress = jax.process_index() == 0
+        found = learned_code.fit(labels, images, info.num_classes, codec, c.mask_code, c.seed, progress)
+        fitted = parallel.of_first(found, "every process has learned a mask code")
     return codec, make_mask_code(c.mask_code, codec, info.num_classes, fitted)

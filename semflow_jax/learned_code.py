@@ -1,0 +1,216 @@
+"""A mask code that is learned: two small networks (`models/mask_net.py`) and the spread of the image latents.
+
+With f and g the networks, m and s the mean and standard deviation of f over masks, mu and sigma those of the image
+latents, all of them by channel,
+
+    u = (f(label) - m) / s,                                                                                (1)
+    z_1 = mu + sigma (u + d),                                                                              (2)
+    p(class | z_1) = softmax g((z_1 - mu) / sigma).                                                        (3)
+
+So z_1 has the codec's unit, whatever that is, and amplitudes have the unit of sigma. f is bounded and u has variance 1
+by construction: a code can't shout to be heard above noise. The perturbation d stands in for that of SemFlow's colours,
+
+    d = pixel (e - 1/2) + region sum_c share_c (w_c - 1/2),    e, w ~ U[0, 1),                             (4)
+
+e drawn for every place and channel, w for every class of an image and channel, a direction that a region is shifted in,
+and share_c the part of a place that class c has. f and g learn together, as an autoencoder of masks under noise:
+
+    L = E [ -log p(label | mu + sigma (u + d + n eps)) ] + smoothness E |grad u|^2 / 2,                    (5)
+
+eps ~ N(0, 1), n ~ U[0, noise) for every mask, void pixels left out. |grad u|^2 are squared differences of neighbours:
+its term is 1 - their correlation. g has seen all levels of noise, and hedges where it can't tell: its probabilities are
+calibrated for masks at these levels.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from semflow_jax import noise
+from semflow_jax.codec import Codec
+from semflow_jax.errors import UserError
+from semflow_jax.models.build import Abstract, Params, flatten, make_fns
+from semflow_jax.models.mask_net import MaskNet, MaskNetConfig
+
+MOMENTS = ("image_mean", "image_std", "code_mean", "code_std")  # mu, sigma, m, s
+LEAST_STD = 1e-3  # of a channel, where all masks are alike
+WARMUP = 0.05  # share of the steps
+
+
+def check(c: ConfigDict) -> None:
+    """Raises UserError for values of the section `mask_code` that a learned code can't have."""
+    least = {"steps": 1, "batch_size": 1, "crop": 1, "width": 1, "pixel_width": 1, "blocks": 0, "lr": 0}
+    for key, bound in (least | {"noise": 0, "smoothness": 0}).items():
+        if c.learned[key] < bound:
+            raise UserError(f"mask_code.learned.{key}: at least {bound}, got {c.learned[key]}; raise it")
+    if min(c.pixel, c.region) < 0:
+        raise UserError(f"mask_code.pixel, mask_code.region: at least 0, got {c.pixel}, {c.region}; raise them")
+
+
+def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[int], MaskNet], Abstract, list[Any]]:
+    """(seed -> module, its abstract parameters, [analyse, synthesise])."""
+    n = c.learned
+    config = MaskNetConfig(num_classes, codec.factor, codec.channels, n.width, n.pixel_width, n.blocks)
+
+    def make(seed: int) -> MaskNet:
+        return MaskNet(config, rngs=nnx.Rngs(seed))
+
+    return make, *make_fns(lambda: make(0), "analyse", "synthesise")
+
+
+def abstract_params(c: ConfigDict, codec: Codec, num_classes: int) -> Abstract:
+    """Shapes and types of what `fit` returns."""
+    moments = dict.fromkeys(MOMENTS, jax.ShapeDtypeStruct((codec.channels,), jnp.float32))
+    return _make_net(c, codec, num_classes)[1] | moments
+
+
+def perturb(
+    key: Key[Array, "..."],
+    u: Float[Array, "b hz wz c"],
+    label: UInt8[Array, "b h w 1"],
+    num_classes: int,
+    pixel: float,
+    region: float,
+) -> Float[Array, "b hz wz c"]:
+    """u + d of equation (4)."""
+    key_pixel, key_region = noise.split(key, 2)
+    if pixel:
+        u = u + pixel * (noise.uniform(key_pixel, u.shape) - 0.5)
+    if region:
+        b, hz, wz, channels = u.shape
+        one_hot = jax.nn.one_hot(label[..., 0], num_classes)
+        share = one_hot.reshape(b, hz, label.shape[1] // hz, wz, -1, num_classes).mean((2, 4))
+        direction = noise.uniform(key_region, (b, num_classes, channels)) - 0.5
+        u = u + region * jnp.einsum("bhwn,bnc->bhwc", share, direction)
+    return u
+
+
+def make_learned_fns(
+    c: ConfigDict, codec: Codec, num_classes: int, params: Params
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """`encode` and `logits` of a `MaskCode`: equations (2) and (3).
+
+    Raises:
+        ValueError: `params` that are another network's.
+    """
+    check(c)
+    _, abstract, (analyse, synthesise) = _make_net(c, codec, num_classes)
+    wanted = {name: x.shape for name, x in abstract_params(c, codec, num_classes).items()}
+    if {name: x.shape for name, x in params.items()} != wanted:
+        raise ValueError("arrays of a learned mask code that don't fit mask_code.learned, the codec or the classes")
+
+    def net(params: Params) -> Params:
+        return {name: params[name] for name in abstract}
+
+    def encode(params, codec_params, label, key=None):
+        u = (analyse(net(params), label) - params["code_mean"]) / params["code_std"]
+        if key is not None:
+            u = perturb(key, u, label, num_classes, c.pixel, c.region)
+        return params["image_mean"] + params["image_std"] * u
+
+    def logits(params, codec_params, z1):
+        return synthesise(net(params), (z1 - params["image_mean"]) / params["image_std"])
+
+    return encode, logits
+
+
+def fit(
+    labels: Sequence[UInt8[np.ndarray, "h w 1"]],
+    images: Iterable[UInt8[np.ndarray, "h w 3"]],
+    num_classes: int,
+    codec: Codec,
+    c: ConfigDict,
+    seed: int,
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """The arrays of `make_learned_fns`: equation (5). Equal arguments give equal arrays.
+
+    Args:
+        labels: training masks of one size.
+        images: training images, whose latents are measured.
+        c: the config section `mask_code`.
+
+    Raises:
+        UserError: by key, for a value of `c` that is out of range.
+    """
+    check(c)
+    make, _, (analyse, synthesise) = _make_net(c, codec, num_classes)
+    n = c.learned
+    warmup = max(1, round(WARMUP * n.steps))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, n.lr, warmup, max(n.steps, warmup + 1))
+    optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
+
+    def loss_fn(params: Params, label: Array, key: Array) -> Array:
+        y = analyse(params, label)
+        std = jnp.sqrt(jnp.maximum(y.var((0, 1, 2)), LEAST_STD**2))  # in this order: the root has no slope at 0
+        u = (y - y.mean((0, 1, 2))) / std
+        key_perturb, key_level, key_noise = jax.random.split(key, 3)
+        level = n.noise * jax.random.uniform(key_level, (len(u), 1, 1, 1))
+        heard = perturb(key_perturb, u, label, num_classes, c.pixel, c.region)
+        logits = synthesise(params, heard + level * jax.random.normal(key_noise, u.shape))
+        true = jax.nn.one_hot(label[..., 0], num_classes)
+        entropy = -(true * jax.nn.log_softmax(logits)).sum() / jnp.maximum(true.sum(), 1)
+        return entropy + n.smoothness * roughness(u)
+
+    @jax.jit
+    def step(params: Params, opt_state: Any, label: Array, key: Array, i: Array) -> tuple[Params, Any, Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, label, jax.random.fold_in(key, i))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def encode_fn(params: Params, image: Array, i: Array) -> Array:
+        return codec.encode(params, image.astype(jnp.float32) / 127.5 - 1, jax.random.fold_in(key, i))
+
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    side = max(n.crop // codec.factor, 1) * codec.factor
+    size = (min(side, labels[0].shape[0]), min(side, labels[0].shape[1]))
+    params = jax.jit(lambda: flatten(make(seed)))()
+    opt_state = jax.jit(optimizer.init)(params)
+    with tqdm(total=n.steps, desc="mask code", unit="step", disable=not progress, mininterval=0.5) as bar:
+        for i in range(n.steps):
+            batch = np.stack([_crop(labels[rng.integers(len(labels))], size, rng) for _ in range(n.batch_size)])
+            params, opt_state, loss = step(params, opt_state, batch, key, np.int32(i))
+            bar.update()
+            if i % 20 == 19:
+                bar.set_postfix(loss=f"{loss:.4f}")
+    analyse_fn = jax.jit(analyse)
+    code = _moments(np.asarray(analyse_fn(params, label[None])) for label in labels)
+    image = _moments(np.asarray(encode_fn(codec.params, x[None], np.int32(i))) for i, x in enumerate(images))
+    arrays = {name: np.asarray(x) for name, x in params.items()}
+    return arrays | dict(zip(MOMENTS, (*image, *code), strict=True))
+
+
+def roughness(u: Float[Array, "b hz wz c"]) -> Float[Array, ""]:
+    """E |grad u|^2 / 2 of equation (5): for a variance of 1, 1 - the correlation of neighbours."""
+    across, down = u[:, :, 1:] - u[:, :, :-1], u[:, 1:] - u[:, :-1]
+    count = max(across.size + down.size, 1)  # none in a latent of one place
+    return (jnp.square(across).sum() + jnp.square(down).sum()) / (2 * count)
+
+
+def _crop(
+    label: UInt8[np.ndarray, "h w 1"], size: tuple[int, int], rng: np.random.Generator
+) -> UInt8[np.ndarray, "hc wc 1"]:
+    """A random place, mirrored or not."""
+    top, left = (rng.integers(n - m + 1) for n, m in zip(label.shape[:2], size, strict=True))
+    crop = label[top : top + size[0], left : left + size[1]]
+    return crop[:, ::-1] if rng.integers(2) else crop
+
+
+def _moments(latents: Iterable[Float[np.ndarray, "_ hz wz c"]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation by channel."""
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    for z in latents:
+        rows = z.reshape(-1, z.shape[-1]).astype(np.float64)
+        count, total, squares = count + len(rows), total + rows.sum(0), squares + np.square(rows).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, LEAST_STD**2))
+    return mean.astype(np.float32), std.astype(np.float32)
