@@ -62,11 +62,16 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--weights", type=pathlib.Path, required=True)
     parser.add_argument("--glob", default="*", help="which pictures: '*-0.png' are the first of every mask")
+    parser.add_argument("--names", type=pathlib.Path, help="file of stems: these instead, in this order")
     parser.add_argument("--every", type=int, default=1, help="only every so many")
     parser.add_argument("--labels", type=pathlib.Path, help="folder of PNGs to score against")
     args = parser.parse_args()
     segment, params = make_segment_fn(args.weights)
-    paths = sorted(args.pictures.glob(args.glob))[:: args.every]
+    paths = sorted(args.pictures.glob(args.glob))
+    if args.names:
+        by_stem = {path.stem: path for path in paths}
+        paths = [by_stem[stem] for stem in args.names.read_text().split()]
+    paths = paths[:: args.every]
     args.out.mkdir(parents=True, exist_ok=True)
     matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     for start in tqdm(range(0, len(paths), BATCH_SIZE), unit="batch"):

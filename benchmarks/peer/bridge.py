@@ -97,6 +97,7 @@ def adopt(c: ConfigDict, latents: pathlib.Path, out: pathlib.Path) -> None:
     with np.load(latents / "test.npz") as begin, np.load(out / "ends.npz") as end:
         ways = {"z1": (sampler.to_mask, begin["z0"]), "z0": (sampler.to_image, begin["z1"])}
         for name, (solve, z) in ways.items():
+            solve = jax.jit(solve, static_argnums=(3, 4))
             ours, theirs = solve(params, sampler.frozen, jnp.asarray(z), 25, "euler"), end[name]
             error = float(np.sqrt(np.square(ours - theirs).mean() / np.square(theirs).mean()))
             print(f"{name} after 25 steps, here and in PyTorch: relative difference {error:.1e}")

@@ -16,7 +16,6 @@ import subprocess
 import sys
 
 REPO = pathlib.Path(__file__).resolve().parent.parent.parent
-WARMUP_STEPS = 50  # by which our speed is measured
 FEATURES = "efficientnet_lite0"
 ESPNET = "espnet_p_2_q_8_camvid.safetensors"
 COLUMNS = {  # of a row of segmentation and one of synthesis
@@ -46,6 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="the peer's")
     parser.add_argument("--steps", type=numbers(int), default=[25], metavar="N,N", help="of Euler, for both")
     parser.add_argument("--limit", type=int, help="test images; default: all")
+    parser.add_argument("--draws", type=int, default=8, help="perturbations of each mask that the peer learns from")
+    parser.add_argument("--warmup", type=int, default=50, help="steps by which our speed is measured at first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/peer"))
     return parser.parse_args()
@@ -68,14 +69,13 @@ class Race:
         self.out = args.out / args.data
         self.latents = self.out / "latents"
         self.weights = pathlib.Path(os.environ["SEMFLOW_SHARED"], "weights").resolve()
-        self.images_per_second = 0.0  # of ours, as last seen
+        self.images_per_second = 0.0  # of ours, when last seen
 
     def run(self) -> None:
         args = self.args
         if not (self.latents / "train.npz").is_file():
-            call(REPO / "benchmarks/peer/bridge.py", "export", self.config, self.latents)
-        if not self.images_per_second:
-            self.images_per_second = self.train_ours(self.out / "warmup", 0, WARMUP_STEPS)["images_per_second"]
+            call(REPO / "benchmarks/peer/bridge.py", "export", self.config, self.latents, "--draws", args.draws)
+        self.images_per_second = self.train_ours(self.out / "warmup", 0, args.warmup)["images_per_second"]
         for turn in range(args.turns):
             for seed in args.seeds:
                 name = f"{turn}-{seed}"

@@ -1,6 +1,7 @@
 """ESPNet (Mehta et al., ECCV 2018), p = 2 and q = 8: a small segmenter of street scenes, as a judge from outside.
 
-Follows the authors' `train/Model.py`; parameter paths are the keys of their checkpoints. Batch norms have the
+Follows the authors' `train/Model.py`, whose last convolution also sees the small image: their CamVid weights are this
+network's, those for Cityscapes are not. Parameter paths are the keys of their checkpoints. Batch norms have the
 statistics they were trained with.
 """
 
@@ -187,8 +188,8 @@ class ESPNet(nnx.Module):
         self.classifier = Double(n, rngs=rngs)
 
     def __call__(self, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w n"]:
-        check_size("ESPNet", image, FACTOR)
         x = image[..., ::-1].astype(jnp.float32)
+        check_size("ESPNet", x, FACTOR)
         x1, x2, x3 = self.encoder((x - np.float32(MEAN)) / np.float32(STD) / 255)
         x = jnp.concatenate([self.level3_C(x2), self.up_l3[0](self.br(x3))], -1)
         for layer in (*self.combine_l2_l3, *self.up_l2):
