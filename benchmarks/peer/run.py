@@ -131,8 +131,7 @@ class Race:
         for steps in args.steps:
             name, judge = f"euler-{steps}", self.weights / "espnet" / ESPNET
             places = folder / "pictures" / name, folder / "predictions" / name
-            if not places[1].is_dir():
-                call(REPO / "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
+            call(REPO / "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
         call(*command, "--pictures", folder / "pictures", "--predictions", folder / "predictions")
 
     def table(self) -> str:
