@@ -7,6 +7,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 123  # of initialisation, shuffling, augmentation, time and perturbation
     c.init = ""  # weights to start from: Stable Diffusion's (folder, file or hub repository) or a trained flow's
+    c.objective = "semflow"  # semflow | symmflow: image and mask flow at once, each to noise; see coupling.py
     c.num_steps = 10_000
     c.batch_size = 32  # of all devices together
     c.cpu_devices = 1  # that the processor is split into where there is no accelerator
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
     c.mask_code.learned.blocks = 2  # residual blocks of each network on the latent grid
     c.mask_code.learned.noise = 0.5  # largest standard deviation of the noise it learns to bear, of the latents' spread
     c.mask_code.learned.smoothness = 0.1  # weight of differences between neighbouring latents
+    c.mask_code.learned.noise_channels = 0  # of the codec's channels: nothing but noise, for synthesis to begin with
     c.mask_code.learned.steps = 600  # of its training, before that of the flow
     c.mask_code.learned.batch_size = 16
     c.mask_code.learned.crop = 64  # side of its training masks in pixels
@@ -67,12 +69,15 @@ def get_config() -> ConfigDict:
     c.model.linear_projection = False  # transformers begin and end as SD-2's; False: as SD-1's
     c.model.num_groups = 8
     c.model.skip = False  # v = F(zt, t) + (2t - 1) zt: for networks that start from nothing
+    c.model.intervals = False  # the network is told how far its velocity will be followed: see shortcut.py
     c.model.remat = "none"  # none | blocks | full: computed again in the backward pass, to save memory
     c.model.dtype = "float32"  # computes; bfloat16 on accelerators
     c.model.param_dtype = "float32"  # stores
 
     c.loss = ConfigDict()
     c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | u_shaped
+    c.loss.image_weight = 0.7  # of the image's velocity, for symmflow
+    c.loss.shortcut_every = 0  # each so many-th example of a batch learns jumps; 0: none
     c.loss.mask_void = True  # leave void pixels out of the loss
 
     c.optim = ConfigDict()

@@ -40,12 +40,13 @@ class Codec:
     """Attributes:
     name: for reports.
     factor: pixels per latent, in height and in width.
-    channels: of the latent.
+    channels: of the latent, noise included.
     params: the frozen weights; hand them to jitted functions as an argument.
     moments: (params, image [b h w 3] in [-1, 1]) -> mean and standard deviation of z [b h/factor w/factor channels];
         None for the latter, where the codec is no distribution.
     decode: (params, z) -> image, about [-1, 1].
     config: what `make_codec` builds it from, beside its tensors.
+    noise_channels: the last channels of the latent, noise that is no part of the image: see `coupling.py`.
     """
 
     name: str
@@ -55,12 +56,23 @@ class Codec:
     moments: Callable[[Params, Array], Moments]
     decode: Callable[[Params, Array], Array]
     config: dict[str, Any]
+    noise_channels: int = 0
 
     def encode(
         self, params: Params, image: Float[Array, "b h w 3"], key: Key[Array, "..."] | None = None
     ) -> Float[Array, "b hz wz c"]:
         """z of an image in [-1, 1]: a sample with a key, where the codec is a distribution, and the mode without."""
-        return sample(*self.moments(params, image), key)
+        return self.draw(*self.moments(params, image), key)
+
+    def draw(
+        self, mean: Float[Array, "b hz wz c"], std: Float[Array, "b hz wz c"] | None, key: Key[Array, "..."] | None
+    ) -> Float[Array, "b hz wz d"]:
+        """z of an image's moments; noise is zero without a key."""
+        if not self.noise_channels:
+            return sample(mean, std, key)
+        key_image, key_noise = (None, None) if key is None else noise.split(key, 2)
+        rest = jnp.zeros((*mean.shape[:-1], self.noise_channels))
+        return jnp.concatenate([sample(mean, std, key_image), sample(rest, jnp.ones_like(rest), key_noise)], axis=-1)
 
     def latent_shape(self, size: tuple[int, int], multiple: int = 1) -> tuple[int, int, int]:
         """Shape of the latent of a picture of `size` (h, w).

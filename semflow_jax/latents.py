@@ -54,10 +54,10 @@ def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
         if out_dir.is_dir():  # made by another process, while this one waited
             return str(out_dir)
         records = open_records(data_dir, SPLIT)
-        shape = codec.latent_shape(info.size)
         encode = jax.jit(functools.partial(_encode, codec))
-        has_std = jax.eval_shape(encode, codec.params, np.zeros((BATCH_SIZE, *info.size, 3), np.uint8))[1] is not None
-        info = info.replace(latent={"codec": codec.name, "shape": list(shape), "std": has_std}, pixels={}, skipped=0)
+        mean, std = jax.eval_shape(encode, codec.params, np.zeros((BATCH_SIZE, *info.size, 3), np.uint8))
+        latent = {"codec": codec.name, "shape": list(mean.shape[2:]), "std": std is not None}
+        info = info.replace(latent=latent, pixels={}, skipped=0)
 
         def write(items: Sequence[Item], path: pathlib.Path) -> dict[str, Any]:
             indices = [item.detail for item in items]

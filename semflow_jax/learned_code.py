@@ -4,11 +4,13 @@ With f and g the networks, m and s the mean and standard deviation of f over mas
 latents, all of them by channel,
 
     u = (f(label) - m) / s,                                                                                (1)
-    z_1 = mu + sigma (u + d),                                                                              (2)
-    p(class | z_1) = softmax g((z_1 - mu) / sigma).                                                        (3)
+    z_1 = mu + sigma [u + d, e'],    e' ~ N(0, 1), zero where nothing is perturbed,                        (2)
+    p(class | z_1) = softmax g(the part of u in (z_1 - mu) / sigma).                                       (3)
 
-So z_1 has the codec's unit, whatever that is, and amplitudes have the unit of sigma. f is bounded and u has variance 1
-by construction: a code can't shout to be heard above noise. The perturbation d stands in for that of SemFlow's colours,
+The last `noise_channels` channels of z_1 are noise, e', and nothing else: synthesis then begins with chance to make an
+image from, as a generative flow does, and segmentation finds their mean, 0, and drops it. z_1 has the codec's unit,
+whatever that is, and amplitudes have the unit of sigma. f is bounded and u has variance 1 by construction: a code can't
+shout to be heard above noise. The perturbation d stands in for that of SemFlow's colours,
 
     d = pixel (e - 1/2) + region sum_c share_c (w_c - 1/2),    e, w ~ U[0, 1),                             (4)
 
@@ -47,7 +49,16 @@ WARMUP = 0.05  # share of the steps
 
 def check(c: ConfigDict) -> None:
     """Raises UserError for values of the section `mask_code` that a learned code can't have."""
-    least = {"steps": 1, "batch_size": 1, "crop": 1, "width": 1, "pixel_width": 1, "blocks": 0, "lr": 0}
+    least = {
+        "steps": 1,
+        "batch_size": 1,
+        "crop": 1,
+        "width": 1,
+        "pixel_width": 1,
+        "blocks": 0,
+        "noise_channels": 0,
+        "lr": 0,
+    }
     for key, bound in (least | {"noise": 0, "smoothness": 0}).items():
         if c.learned[key] < bound:
             raise UserError(f"mask_code.learned.{key}: at least {bound}, got {c.learned[key]}; raise it")
@@ -58,7 +69,13 @@ def check(c: ConfigDict) -> None:
 def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[int], MaskNet], Abstract, list[Any]]:
     """(seed -> module, its abstract parameters, [analyse, synthesise])."""
     n = c.learned
-    config = MaskNetConfig(num_classes, codec.factor, codec.channels, n.width, n.pixel_width, n.blocks)
+    if n.noise_channels >= codec.channels:
+        raise UserError(
+            f"mask_code.learned.noise_channels: below {codec.channels}, the channels of {codec.name}, "
+            f"got {n.noise_channels}; lower it"
+        )
+    channels = codec.channels - n.noise_channels
+    config = MaskNetConfig(num_classes, codec.factor, channels, n.width, n.pixel_width, n.blocks)
 
     def make(seed: int) -> MaskNet:
         return MaskNet(config, rngs=nnx.Rngs(seed))
@@ -68,8 +85,10 @@ def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[
 
 def abstract_params(c: ConfigDict, codec: Codec, num_classes: int) -> Abstract:
     """Shapes and types of what `fit` returns."""
-    moments = dict.fromkeys(MOMENTS, jax.ShapeDtypeStruct((codec.channels,), jnp.float32))
-    return _make_net(c, codec, num_classes)[1] | moments
+    channels = codec.channels - c.learned.noise_channels
+    moments = {name: codec.channels if name.startswith("image") else channels for name in MOMENTS}
+    shapes = {name: jax.ShapeDtypeStruct((num,), jnp.float32) for name, num in moments.items()}
+    return _make_net(c, codec, num_classes)[1] | shapes
 
 
 def perturb(
@@ -112,12 +131,17 @@ def make_learned_fns(
 
     def encode(params, codec_params, label, key=None):
         u = (analyse(net(params), label) - params["code_mean"]) / params["code_std"]
+        rest = jnp.zeros((*u.shape[:3], c.learned.noise_channels))
         if key is not None:
-            u = perturb(key, u, label, num_classes, c.pixel, c.region)
+            key_code, key_rest = noise.split(key, 2)
+            u = perturb(key_code, u, label, num_classes, c.pixel, c.region)
+            rest = noise.normal(key_rest, rest.shape)
+        u = jnp.concatenate([u, rest], axis=-1)
         return params["image_mean"] + params["image_std"] * u
 
     def logits(params, codec_params, z1):
-        return synthesise(net(params), (z1 - params["image_mean"]) / params["image_std"])
+        u = (z1 - params["image_mean"]) / params["image_std"]
+        return synthesise(net(params), u[..., : len(params["code_mean"])])
 
     return encode, logits
 
@@ -177,7 +201,7 @@ def fit(
     opt_state = jax.jit(optimizer.init)(params)
     with tqdm(total=n.steps, desc="mask code", unit="step", disable=not progress, mininterval=0.5) as bar:
         for i in range(n.steps):
-            batch = np.stack([_crop(labels[rng.integers(len(labels))], size, rng) for _ in range(n.batch_size)])
+            batch = np.stack([_crop(labels[int(rng.integers(len(labels)))], size, rng) for _ in range(n.batch_size)])
             params, opt_state, loss = step(params, opt_state, batch, key, np.int32(i))
             bar.update()
             if i % 20 == 19:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
-from semflow_jax import solve
+from semflow_jax import coupling, solve
 from semflow_jax.codec import Codec, make_codec, make_kl_codec, stored, vae_config
 from semflow_jax.data.info import DataInfo
 from semflow_jax.errors import UserError
@@ -41,6 +41,7 @@ FILE_FORMATS = ("safetensors", "orbax")
 Context = Array | None  # [n d]
 
 log = logging.getLogger(__name__)
+OBJECTIVE = "semflow"  # of models that were saved before there was another
 NUM_GRID = 216  # colours of the paper's palette
 
 
@@ -98,6 +99,7 @@ def load_frozen(folder: pathlib.Path) -> tuple[dict[str, Any], Codec, MaskCode, 
         if colours.shape != (num_classes, 3):
             raise ValueError(f"{num_classes} classes with {list(colours.shape)} colours")
         code = make_mask_code(ConfigDict(config["mask_code"]), codec, num_classes, fitted, colours)
+        codec, code = coupling.couple(config.setdefault("objective", OBJECTIVE), codec, code)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,6 +216,7 @@ class SemFlow:
         codec = make_kl_codec(*load_vae(path, put=jnp.asarray))
         names = tuple(str(i) for i in range(NUM_GRID)) if class_names is None else tuple(class_names)
         config = {
+            "objective": OBJECTIVE,
             "model": dataclasses.asdict(network),
             "codec": codec.config,
             "mask_code": {"name": "colour", "palette": "grid", "pixel": 0.1, "region": 0.0},
@@ -375,6 +378,7 @@ def check_parts(unet: UNetConfig, codec: Codec, context: Context) -> None:
 def make_config(c: ConfigDict, unet: UNetConfig, codec: Codec, code: MaskCode, info: DataInfo) -> dict[str, Any]:
     """What `config.json` of an exported model says, from a training config."""
     return {
+        "objective": c.objective,
         "model": dataclasses.asdict(unet),
         "codec": codec.config,
         "mask_code": code.config,

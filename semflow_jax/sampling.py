@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from semflow_jax import solve
-from semflow_jax.codec import Codec, sample
+from semflow_jax.codec import Codec
 from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params
 
@@ -29,7 +29,7 @@ class Sampler:
     """Both directions of a flow, as pure functions of the network's parameters and the frozen ones of codec and code.
 
     Args:
-        velocity_fn: (params, zt, t, context) -> v.
+        velocity_fn: (params, zt, t, context, d) -> v; d is the interval it will be followed for, see `shortcut.py`.
         codec: between pixels and latents.
         code: between class ids and mask latents.
         context: [n d] that the network attends to, of a text tower; None where it has no cross-attention.
@@ -54,13 +54,20 @@ class Sampler:
         return arrays if self.context is None else arrays | {"context": self.context}
 
     def velocity(
-        self, params: Params, frozen: Frozen, zt: Float[Array, "b hz wz c"], t: Float[Array, " b"]
+        self,
+        params: Params,
+        frozen: Frozen,
+        zt: Float[Array, "b hz wz c"],
+        t: Float[Array, " b"],
+        d: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b hz wz c"]:
-        """v(z_t, t)."""
-        return self.velocity_fn(params, zt, t, frozen.get("context"))
+        """v(z_t, t); with an interval d, what a network that knows of intervals says of it."""
+        return self.velocity_fn(params, zt, t, frozen.get("context"), d)
 
-    def _field(self, params: Params, frozen: Frozen) -> solve.VelocityFn:
-        return lambda zt, t: self.velocity(params, frozen, zt, t)
+    def _field(self, params: Params, frozen: Frozen, steps: int, solver: str) -> solve.VelocityFn:
+        """The velocity as a solver wants it; `steps` < 0 go to the image. Only Euler's steps are jumps."""
+        d = 1 / steps if solver == "euler" else 0.0
+        return lambda zt, t: self.velocity(params, frozen, zt, t, jnp.full_like(t, d))
 
     def encode_image(
         self, frozen: Frozen, image: UInt8[Array, "b h w 3"], key: Key[Array, "..."] | None = None
@@ -75,7 +82,7 @@ class Sampler:
         if "mean" not in batch:
             return self.encode_image(frozen, batch["image"], key)
         std = batch["std"].astype(jnp.float32) if "std" in batch else None
-        return sample(batch["mean"].astype(jnp.float32), std, key)
+        return self.codec.draw(batch["mean"].astype(jnp.float32), std, key)
 
     def decode_image(self, frozen: Frozen, z0: Float[Array, "b hz wz c"]) -> UInt8[Array, "b h w 3"]:
         """z_0 -> photo."""
@@ -99,13 +106,13 @@ class Sampler:
         self, params: Params, frozen: Frozen, z0: Float[Array, "b hz wz c"], steps: int, solver: str
     ) -> Float[Array, "b hz wz c"]:
         """z_0 -> z_1: t from 0 to 1."""
-        return solve.image_to_mask(self._field(params, frozen), z0, steps, solver)
+        return solve.image_to_mask(self._field(params, frozen, steps, solver), z0, steps, solver)
 
     def to_image(
         self, params: Params, frozen: Frozen, z1: Float[Array, "b hz wz c"], steps: int, solver: str
     ) -> Float[Array, "b hz wz c"]:
         """z_1 -> z_0: t from 1 to 0."""
-        return solve.mask_to_image(self._field(params, frozen), z1, steps, solver)
+        return solve.mask_to_image(self._field(params, frozen, -steps, solver), z1, steps, solver)
 
     def segment(
         self, params: Params, frozen: Frozen, image: UInt8[Array, "b h w 3"], steps: int, solver: str
@@ -134,7 +141,8 @@ class Sampler:
         self, params: Params, frozen: Frozen, z0: Float[Array, "b hz wz c"], num_frames: int, steps: int, solver: str
     ) -> Float[Array, "f b hz wz c"]:
         """The states between z_0 and z_1, both included, at evenly spaced times."""
-        return solve.path(self._field(params, frozen), z0, num_frames, to_mask=True, steps=steps, solver=solver)
+        field = self._field(params, frozen, steps, solver)
+        return solve.path(field, z0, num_frames, to_mask=True, steps=steps, solver=solver)
 
     def frames(
         self,

@@ -94,6 +94,27 @@ def test_latents_have_the_moments_of_image_latents(code):
     assert wanted.std(0).max() > 2 * wanted.std(0).min()
 
 
+def test_noise_channels_hold_noise_alone():
+    c = make_config({"noise_channels": 8, "steps": 60})
+    code = make_mask_code(c, CODEC, NUM_CLASSES, fit(c))
+    label = np.concatenate([make_labels(20, seed=1)] * 2)
+    u = units(code, encode(code, label, jax.random.key(0)))
+    rest = u[..., -8:]
+    assert abs(rest.mean()) < 0.02 and abs(rest.std() - 1) < 0.02
+    assert not np.array_equal(rest[:20], rest[20:])
+    plain = units(code, encode(code, label))
+    np.testing.assert_allclose(plain[..., -8:], 0, atol=1e-6)
+    z1 = encode(code, label)
+    changed = z1 + np.r_[np.zeros(CODEC.channels - 8), np.ones(8)].astype(np.float32)
+    np.testing.assert_allclose(logits(code, changed), logits(code, z1))
+    assert (decode(code, z1) == label).mean() > 0.9
+
+
+def test_noise_leaves_a_channel_to_the_mask():
+    with pytest.raises(UserError, match="mask_code.learned.noise_channels: below 48"):
+        fit(make_config({"noise_channels": 48}))
+
+
 def test_latents_are_bounded(code):
     rng = np.random.default_rng(3)
     noise = rng.integers(0, NUM_CLASSES, (8, 32, 32, 1)).astype(np.uint8)

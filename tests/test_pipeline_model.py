@@ -45,6 +45,7 @@ def make_tiny_flow() -> SemFlow:
         "skip": True,
     }
     config = {
+        "objective": "semflow",
         "model": model,
         "codec": {"name": "patch", "factor": 4},
         "mask_code": {"name": "linear", "palette": "spread", "pixel": 0.3, "region": 1.0, "whiten": 0.5},

@@ -1,6 +1,7 @@
 """train/setup.py: every value is checked before anything long begins, and a run goes on with its first config."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_folder import make_folder
@@ -8,7 +9,10 @@ from test_folder import make_folder
 from configs import base
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
+from semflow_jax.pipeline import load_frozen
 from semflow_jax.train.setup import begin, check_unchanged, make_setup
+from semflow_jax.weights.export import to_torch
+from semflow_jax.weights.load import save_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,9 @@ def make_config(data_dir, **changes):
         ("eval.num_samples", 1, "eval.num_samples: at least 2, .*got 1"),
         ("optim.schedule", "zigzag", "optim.schedule: one of .*, got 'zigzag'"),
         ("optim.accum_steps", 5, "optim.accum_steps: batch_size 32 must be a multiple"),
+        ("objective", "both", "objective: one of .*, got 'both'"),
+        ("loss.image_weight", 1.5, "loss.image_weight: in .*, got 1.5"),
+        ("loss.shortcut_every", 4, "loss.shortcut_every: 0, or above it with model.intervals; got 4 with .* False"),
         ("loss.time_sampling", "dawn", "loss.time_sampling: one of .*, got 'dawn'"),
         ("sampling.solver", "magic", "solver: one of .*, got 'magic'"),
         ("sampling.steps", 0, "steps: at least 1, got 0"),
@@ -72,6 +79,28 @@ def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path, monkeypatch):
     assert again.model == first.model
     assert {len(arrays) for arrays in first.sampler.frozen.values()} == {3}
     jax.tree.map(np.testing.assert_array_equal, again.sampler.frozen, first.sampler.frozen)
+
+
+def test_jumps_divide_the_batch_of_a_device(data_dir, tmp_path):
+    c = make_config(data_dir, **{"model.intervals": True, "loss.shortcut_every": 3})
+    with pytest.raises(UserError, match=r"loss.shortcut_every: must divide .*, 32 / \(1 x 1\), got 3"):
+        make_setup(c, tmp_path)
+
+
+def test_a_state_of_image_and_mask_is_kept_with_its_objective(data_dir, tmp_path):
+    c = make_config(data_dir, objective="symmflow")
+    first = make_setup(c, tmp_path)
+    begin(first, tmp_path)
+    assert first.start.unet.in_channels == first.sampler.codec.channels == 96
+    config, codec, code, _ = load_frozen(tmp_path / "export")
+    assert config["objective"] == "symmflow" and (codec.channels, codec.noise_channels) == (96, 48)
+    again = make_setup(c, tmp_path)
+    label = jnp.zeros((1, 16, 24, 1), jnp.uint8)
+    z1, same = (s.encode_mask(s.frozen, label, jax.random.key(0)) for s in (first.sampler, again.sampler))
+    np.testing.assert_array_equal(z1, same)
+    save_safetensors(tmp_path / "export/model.safetensors", to_torch(jax.jit(again.start.make_params)(), "float32"))
+    with pytest.raises(UserError, match="objective: init has 'symmflow', got 'semflow'"):
+        make_setup(make_config(data_dir, init=str(tmp_path)), tmp_path / "other")
 
 
 def test_only_free_keys_may_change(data_dir, tmp_path):

@@ -11,7 +11,7 @@ import virtual_devices
 from test_step import NUM_CLASSES, make_config
 from test_unet import make_random_params
 
-from semflow_jax import parallel
+from semflow_jax import coupling, parallel
 from semflow_jax.codec import load_codec
 from semflow_jax.data.pipeline import TrainBatches
 from semflow_jax.mask_code import make_mask_code
@@ -57,9 +57,10 @@ def make_parts(**changes):
     c = make_config(**WIDE | changes)
     devices = jax.devices()[: c.mesh.data] if c.mesh.data > 0 else jax.devices()
     mesh = parallel.make_mesh(c.mesh, devices)
-    unet = UNetConfig(in_channels=48, out_channels=48, **c.model)
     codec = load_codec(c.codec)
-    sampler = Sampler(make_velocity_fn(unet), codec, make_mask_code(c.mask_code, codec, NUM_CLASSES, {}))
+    codec, code = coupling.couple(c.objective, codec, make_mask_code(c.mask_code, codec, NUM_CLASSES, {}))
+    unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **c.model)
+    sampler = Sampler(make_velocity_fn(unet), codec, code)
     optimizer = make_optimizer(c.optim, 100)
     params = make_random_params(unet)
     layout = parallel.shardings(jax.eval_shape(lambda: make_state(params, optimizer)), mesh)
@@ -97,6 +98,10 @@ def losses_on_all(*names: str) -> dict:
     return {name: losses_on(MESHES[name]) for name in names}
 
 
+def losses_of(*changes: dict) -> list[dict]:
+    return [losses_on(x) for x in changes]
+
+
 @pytest.fixture(scope="module")
 def found(request):
     """Of those meshes that are asked for: each takes a compilation."""
@@ -117,6 +122,15 @@ def test_losses_do_not_depend_on_the_mesh(found, name):
     one = found["one device"]["losses"]
     assert len(set(one)) == NUM_STEPS and one[-1] < one[0]
     np.testing.assert_allclose(found[name]["losses"], one, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_neither_do_those_of_jumps_and_of_two_halves():
+    changes = {"objective": "symmflow", "model.intervals": True, "loss.shortcut_every": 2}
+    explicit = {"mesh.explicit": True, "mesh.fsdp": 4}
+    one, other = virtual_devices.run("test_sharding", "losses_of", changes | {"mesh.data": 1}, changes | explicit)
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-6)
 
 
 @pytest.mark.slow

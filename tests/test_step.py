@@ -8,7 +8,7 @@ import pytest
 from test_unet import make_random_params
 
 from configs import base
-from semflow_jax import flow, parallel
+from semflow_jax import coupling, flow, parallel
 from semflow_jax.codec import load_codec
 from semflow_jax.data.info import VOID
 from semflow_jax.mask_code import make_mask_code
@@ -37,7 +37,7 @@ def make_config(**changes):
     return c
 
 
-def mix(params, zt, t, context):
+def mix(params, zt, t, context, d):
     """A network that compiles at once, for what has nothing to do with the network."""
     return jnp.tanh(zt @ params["in"] + t[:, None, None, None]) @ params["out"]
 
@@ -45,7 +45,8 @@ def mix(params, zt, t, context):
 def make_parts(c, velocity_fn, params, optimizer=None):
     """Step, state and frozen parameters."""
     codec = load_codec(c.codec)
-    sampler = Sampler(velocity_fn, codec, make_mask_code(c.mask_code, codec, NUM_CLASSES, {}))
+    code = make_mask_code(c.mask_code, codec, NUM_CLASSES, {})
+    sampler = Sampler(velocity_fn, *coupling.couple(c.objective, codec, code))
     optimizer = optimizer or make_optimizer(c.optim, 100)
     step = make_train_step(sampler, optimizer, c, parallel.make_mesh(c.mesh))
     return step, make_state(params, optimizer), sampler.frozen
@@ -100,6 +101,47 @@ def test_accumulated_slices_equal_the_whole_batch(void):
     for path, whole in found[1][0]["params"].items():
         np.testing.assert_allclose(found[4][0]["params"][path], whole, atol=1e-6)
         assert jnp.abs(whole - state["params"][path]).max() > 1e-3
+
+
+def note_velocities(**changes):
+    """(t, d) of every call of the network in one step."""
+    asked = []
+
+    def velocity_fn(params, zt, t, context, d):
+        jax.debug.callback(lambda *x: asked.append([np.asarray(y) for y in x]), t, d, ordered=True)
+        return mix(params, zt, t, context, d)
+
+    width = 96 if changes.get("objective") == "symmflow" else 48
+    params = {"in": 0.1 * jnp.ones((width, 4)), "out": 0.1 * jnp.ones((4, width))}
+    step, state, frozen = make_parts(make_config(**changes), velocity_fn, params)
+    _, metrics = jax.jit(step)(state, frozen, make_batch(), jax.random.key(0))
+    jax.effects_barrier()
+    return asked, metrics
+
+
+def test_jumps_take_their_share_of_a_batch():
+    asked, metrics = note_velocities(**{"model.intervals": True, "loss.shortcut_every": 2})
+    (t1, told), (t2, _), (t, d) = asked  # two halves, then the step's own
+    assert t1.shape == (4,) and t.shape == (8,)
+    np.testing.assert_array_equal(t[::2], t1)
+    assert np.all(d[::2] != 0) and np.all(d[1::2] == 0)
+    np.testing.assert_allclose(t2, t1 + d[::2] / 2)
+    np.testing.assert_array_equal(told, np.where(np.abs(d[::2]) > 1 / 32, d[::2] / 2, 0))
+    assert np.isfinite(metrics["loss"])
+    (only,), _ = note_velocities()
+    assert not np.any(only[1])
+    np.testing.assert_array_equal(only[0][1::2], t[1::2])  # the others learn as without jumps
+
+
+def test_halves_of_the_state_weigh_as_the_config_says():
+    """With the weight on one half alone, the other half of the output learns nothing."""
+    for weight, silent in ((1.0, slice(48, 96)), (0.0, slice(0, 48))):
+        changes = {"objective": "symmflow", "loss.image_weight": weight, "optim.weight_decay": 0.0}
+        params = {"in": 0.1 * jnp.ones((96, 4)), "out": 0.1 * jnp.ones((4, 96))}
+        step, state, frozen = make_parts(make_config(**changes), mix, params)
+        new = jax.jit(step)(state, frozen, make_batch(), jax.random.key(0))[0]["params"]["out"]
+        moved = np.abs(np.asarray(new - state["params"]["out"])).max(0) > 1e-4
+        assert not moved[silent].any() and moved.sum() == 48
 
 
 def test_every_example_draws_its_own_time(monkeypatch):

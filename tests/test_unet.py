@@ -217,6 +217,23 @@ def velocity_fn():
     return jax.jit(make_velocity_fn(PLAIN))
 
 
+def test_intervals_count_where_the_network_knows_of_them(velocity_fn):
+    told = dataclasses.replace(PLAIN, intervals=True)
+    params = make_random_params(told)
+    assert set(params) - set(make_random_params(PLAIN)) == {
+        f"interval_embedding.linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")
+    }
+    first = jax.jit(lambda: init_unet(told))()
+    assert not first["interval_embedding.linear_2.weight"].any()
+    zt, t = make_inputs()[:2]
+    fn = jax.jit(make_velocity_fn(told))
+    v = [np.asarray(fn(params, zt, t, None, jnp.full_like(t, d))) for d in (0.0, 0.5, -0.5)]
+    assert min(np.abs(v[0] - v[1]).max(), np.abs(v[1] - v[2]).max()) > 1e-4  # direction counts too
+    np.testing.assert_array_equal(fn(params, zt, t), v[0])
+    plain = {name: x for name, x in params.items() if not name.startswith("interval")}
+    np.testing.assert_array_equal(velocity_fn(plain, zt, t, None, jnp.ones_like(t)), velocity_fn(plain, zt, t))
+
+
 def test_samples_do_not_see_each_other(velocity_fn):
     params = make_random_params(PLAIN)
     zt, t = make_inputs()

@@ -190,7 +190,7 @@ class ESPNet(nnx.Module):
     def __call__(self, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w n"]:
         x = image[..., ::-1].astype(jnp.float32)
         check_size("ESPNet", x, FACTOR)
-        x1, x2, x3 = self.encoder((x - np.float32(MEAN)) / np.float32(STD) / 255)
+        x1, x2, x3 = self.encoder((x - np.array(MEAN, np.float32)) / np.array(STD, np.float32) / 255)
         x = jnp.concatenate([self.level3_C(x2), self.up_l3[0](self.br(x3))], -1)
         for layer in (*self.combine_l2_l3, *self.up_l2):
             x = layer(x)

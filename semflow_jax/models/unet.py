@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from semflow_jax.models.attention import attention
-from semflow_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, upsample_nearest, zeros_init
+from semflow_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, fan_in_init, upsample_nearest, zeros_init
 from semflow_jax.models.unet_config import UNetConfig
 
 TIME_SCALE = 1000.0
@@ -37,9 +37,9 @@ def time_features(t: Float[Array, " b"], num_features: int) -> Float[Array, "b c
 
 
 class TimeEmbedding(nnx.Module):
-    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs, **types):
+    def __init__(self, in_features: int, features: int, *, weight_init=fan_in_init, rngs: nnx.Rngs, **types):
         self.linear_1 = Linear(in_features, features, rngs=rngs, **types)
-        self.linear_2 = Linear(features, features, rngs=rngs, **types)
+        self.linear_2 = Linear(features, features, weight_init=weight_init, rngs=rngs, **types)
 
     def __call__(self, x):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -214,6 +214,10 @@ class UNet(nnx.Module):
         self.config = c
         self.conv_in = Conv(c.in_channels, widths[0], rngs=rngs, **types)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], rngs=rngs, **types)
+        if c.intervals:  # at first it says nothing
+            self.interval_embedding = TimeEmbedding(
+                widths[0], 4 * widths[0], weight_init=zeros_init, rngs=rngs, **types
+            )
         self.down_blocks: nnx.List = nnx.List([])
         skips = [widths[0]]
         for i, width in enumerate(widths):
@@ -233,10 +237,20 @@ class UNet(nnx.Module):
         self.conv_out = Conv(widths[0], c.out_channels, weight_init=zeros_init, rngs=rngs, **types)
 
     def __call__(
-        self, zt: Float[Array, "b h w c"], t: Float[Array, " b"], context: Float[Array, "n d"] | None = None
+        self,
+        zt: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        context: Float[Array, "n d"] | None = None,
+        d: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Args: zt latents, t in [0, 1], context shared by the whole batch. Returns float32 velocities."""
-        temb = jax.nn.silu(self.time_embedding(time_features(t, self.config.block_out_channels[0])))
+        """Args: zt latents, t in [0, 1], context shared by the whole batch, d in [-1, 1] the interval that the velocity
+        will be followed for (0 by default; without `intervals` it counts for nothing). Returns float32 velocities.
+        """
+        num_features = self.config.block_out_channels[0]
+        temb = self.time_embedding(time_features(t, num_features))
+        if self.config.intervals:
+            temb = temb + self.interval_embedding(time_features(jnp.zeros_like(t) if d is None else d, num_features))
+        temb = jax.nn.silu(temb)
         if context is not None:
             context = jnp.broadcast_to(context, (zt.shape[0], *context.shape))
         remat = self.config.remat == "full"

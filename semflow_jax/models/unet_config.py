@@ -96,6 +96,7 @@ class UNetConfig(Types):
         linear_projection: whether transformers begin and end in a linear map, as SD-2's, or in a 1 x 1 convolution.
         num_groups: groups of every group norm.
         skip: whether equation (1) of `unet` holds; Stable Diffusion's weights have none.
+        intervals: whether the network is told how far its velocity will be followed; Stable Diffusion's is not.
         remat: what the backward pass computes again instead of keeping it: none, blocks (the inside of each resnet
             and transformer), full (levels, and inside them blocks: up to two more forward passes instead of one).
             Accelerators save memory by it; XLA's CPU compiler merges the second computation with the first.
@@ -112,6 +113,7 @@ class UNetConfig(Types):
     linear_projection: bool = False
     num_groups: int = 32
     skip: bool = False
+    intervals: bool = False
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -182,10 +184,11 @@ class UNetConfig(Types):
         """The `config.json` of the `UNet2DConditionModel` with the same parameters and outputs.
 
         Raises:
-            UserError: `skip`, or no cross-attention, which diffusers has no words for.
+            UserError: `skip`, `intervals`, or no cross-attention, which diffusers has no words for.
         """
-        if self.skip:
-            raise UserError("model.skip: must be false for diffusers, which can't add z_t to the output, found true")
+        for key, what in (("skip", "add z_t to the output"), ("intervals", "embed an interval")):
+            if getattr(self, key):
+                raise UserError(f"model.{key}: must be false for diffusers, which can't {what}, found true")
         if self.cross_attention_dim is None:
             raise UserError(
                 "model.cross_attention_dim: must be a width for diffusers, found none: train with a context"

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import flow, learned_code, parallel, solve
+from semflow_jax import coupling, flow, learned_code, parallel, solve
 from semflow_jax.codec import Codec, fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.prepare import ensure
@@ -87,7 +87,7 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     codec.latent_shape(info.size, unet.factor)
     code = start.code
     if code is None:
-        codec, code = _fit(c, codec, data_dir, info)
+        codec, code = coupling.couple(c.objective, *_fit(c, codec, data_dir, info))
     elif len(code.colours) != info.num_classes:
         raise UserError(
             f"init: {c.init} has {len(code.colours)} classes, {data_dir} {info.num_classes}; start from another"
@@ -150,6 +150,12 @@ def check_values(c: ConfigDict) -> None:
             raise UserError(f"{key}: at least 1, got {c[key]}; raise it")
     if c.eval.num_samples < 2:
         raise UserError(f"eval.num_samples: at least 2, diversity is between two, got {c.eval.num_samples}; raise it")
+    coupling.check(c.objective)
+    if not 0 <= c.loss.image_weight <= 1:
+        raise UserError(f"loss.image_weight: in [0, 1], got {c.loss.image_weight}; 0.7 is SymmFlow's")
+    if c.loss.shortcut_every < 0 or (c.loss.shortcut_every and not c.model.intervals):
+        found = f"got {c.loss.shortcut_every} with model.intervals {c.model.intervals}"
+        raise UserError(f"loss.shortcut_every: 0, or above it with model.intervals; {found}; change one of them")
     make_schedule(c.optim, c.num_steps)
     solve.check(c.sampling.solver, c.sampling.steps)
     if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
@@ -167,6 +173,11 @@ def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f"optim.accum_steps: batch_size {c.batch_size} must be a multiple of accum_steps x devices, "
             f"got {c.optim.accum_steps} x {shards}; change one of them"
+        )
+    if c.loss.shortcut_every and c.batch_size // (c.optim.accum_steps * shards) % c.loss.shortcut_every:
+        raise UserError(
+            f"loss.shortcut_every: must divide the batch of a device and slice, "
+            f"{c.batch_size} / ({c.optim.accum_steps} x {shards}), got {c.loss.shortcut_every}; change one of them"
         )
     if c.optim.flatten and mesh.shape["data"] != mesh.size:
         raise UserError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from semflow_jax import coupling
 from semflow_jax.codec import Codec, load_codec
 from semflow_jax.errors import UserError
 from semflow_jax.mask_code import MaskCode
@@ -47,7 +48,7 @@ def find_start(c: ConfigDict) -> Start:
     """
     if not c.init:
         codec = load_codec(c.codec)
-        unet = _make_unet_config(c.model, codec)
+        unet = _make_unet_config(c, codec)
         if unet.cross_attention_dim is not None:
             raise UserError(
                 "model.cross_attention_dim: a context comes with `init`, without it the key must be None, "
@@ -57,12 +58,17 @@ def find_start(c: ConfigDict) -> Start:
     path = find_model(c.init)
     if is_saved(path):
         config, codec, code, context = load_frozen(path)
+        if config["objective"] != c.objective:
+            raise UserError(f"objective: init has {config['objective']!r}, got {c.objective!r}; change one of them")
         unet = _given(make_unet_config(config), c.model)
 
         def make_params() -> Params:
             return {name: x.astype(unet.param_dtype) for name, x in SemFlow.from_pretrained(path).params.items()}
 
         return Start(unet, codec, code, context, make_params, drawn=False)
+    if c.objective != "semflow" or c.model.intervals:
+        others = f"objective {c.objective!r} and model.intervals {c.model.intervals}"
+        raise UserError(f"init: Stable Diffusion's weights fit objective 'semflow' without intervals, got {others}")
     found, read = open_unet(path)
     unet = _given(found, c.model)
     dtype = jnp.dtype(unet.param_dtype)
@@ -87,12 +93,13 @@ def _given(unet: UNetConfig, c: ConfigDict) -> UNetConfig:
 
 
 def _make_unet_config(c: ConfigDict, codec: Codec) -> UNetConfig:
-    m = c.to_dict()
+    m = c.model.to_dict()
     if len({len(m["block_out_channels"]), len(m["attention"]), len(m["num_heads"])}) > 1:
         raise UserError(
             "model: block_out_channels, attention and num_heads need one entry per level each, "
             f"got {m['block_out_channels']}, {m['attention']}, {m['num_heads']}; make them equally long"
         )
-    unet = UNetConfig(in_channels=codec.channels, out_channels=codec.channels, **m)
+    channels = coupling.num_channels(c.objective, codec)
+    unet = UNetConfig(in_channels=channels, out_channels=channels, **m)
     unet.check()
     return unet

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from semflow_jax import flow, noise, parallel
+from semflow_jax import coupling, flow, noise, parallel, shortcut
 from semflow_jax.data.info import VOID
 from semflow_jax.models.build import Params
 from semflow_jax.sampling import Frozen, Sampler
@@ -44,14 +44,26 @@ def make_train_step(
 
     def loss_fn(params: Params, frozen: Frozen, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         key_encode, key_perturb, key_time = noise.split(batch["key"], 3)
+        every = c.loss.shortcut_every
         z0 = sampler.image_latent(frozen, batch, key_encode)
         z1 = sampler.encode_mask(frozen, batch["label"], key_perturb)
         t = flow.sample_time(key_time, z0.shape[0], c.loss.time_sampling)
-        v = sampler.velocity(params, frozen, flow.interpolate(z0, z1, t), t)
-        weight = None
+        v_true, d = flow.velocity(z0, z1), jnp.zeros_like(t)
+        if every:
+            t_jump, d_jump = shortcut.sample_jump(shortcut.take(every, key_time), len(t) // every)
+            t, d = shortcut.put(every, t_jump, t), shortcut.put(every, d_jump, d)
+        zt = flow.interpolate(z0, z1, t)
+        if every:
+            jumped = shortcut.target(
+                lambda *args: sampler.velocity(params, frozen, *args), shortcut.take(every, zt), t_jump, d_jump
+            )
+            v_true = shortcut.put(every, jumped, v_true)
+        v = sampler.velocity(params, frozen, zt, t, d)
+        weight = coupling.channel_weight(c.objective, c.loss.image_weight, z0.shape[-1])
         if c.loss.mask_void:
-            weight = sampler.codec.pool((batch["label"] != VOID).astype(jnp.float32))
-        return flow.loss_terms(v, flow.velocity(z0, z1), weight)
+            valid = sampler.codec.pool((batch["label"] != VOID).astype(jnp.float32))
+            weight = valid if weight is None else weight * valid
+        return flow.loss_terms(v, v_true, weight)
 
     gradient_fn = make_gradient_fn(loss_fn, c, mesh)
 
