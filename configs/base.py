@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "float32"  # stores
 
     c.loss = ConfigDict()
-    c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | u_shaped
+    c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | mode | u_shaped
     c.loss.mask_void = True  # leave void pixels out of the loss
 
     c.optim = ConfigDict()

@@ -44,7 +44,16 @@ def u_shaped_cdf(t):
     return 0.5 + jnp.sinh(4 * (t - 0.5)) / (2 * jnp.sinh(2.0))
 
 
-CDFS = {"uniform": lambda t: t, "logit_normal": logit_normal_cdf, "u_shaped": u_shaped_cdf}
+# Of the mode sampling: u and t = f(1 - u) = 1 - f(u), which rises.
+MODE_U = np.linspace(0, 1, 100_001)
+MODE_T = MODE_U + 1.29 * (np.cos(np.pi / 2 * MODE_U) ** 2 - 1 + MODE_U)
+
+
+def mode_cdf(t):
+    return np.interp(t, MODE_T, MODE_U)
+
+
+CDFS = {"uniform": lambda t: t, "logit_normal": logit_normal_cdf, "mode": mode_cdf, "u_shaped": u_shaped_cdf}
 
 
 def test_closed_forms_are_densities():
@@ -66,6 +75,22 @@ def test_times_follow_their_distribution(sampling):
     gap = max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
     assert gap < 1.63 / num**0.5  # exceeded once in a hundred keys by the right distribution
     assert t[0] >= 0 and t[-1] <= 1
+
+
+def test_mode_sampling_has_its_peak_in_the_middle_and_heavy_tails(monkeypatch):
+    """Drawn times by u are monotone and symmetric; their histogram is the derivative of the inverse."""
+    u = jnp.linspace(0.0, 1.0, 20_001)
+    monkeypatch.setattr(flow.noise, "uniform", lambda key, shape: u)
+    t = np.asarray(flow.sample_time(jax.random.key(0), len(u), "mode"))
+    assert t[0] == 1 and t[10_000] == pytest.approx(0.5) and t[-1] == 0
+    assert (np.diff(t) < 0).all()
+    np.testing.assert_allclose(t + t[::-1], 1, atol=1e-6)
+    density, edges = np.histogram(t, 40, (0, 1), density=True)
+    slope = np.abs(np.gradient(MODE_T, MODE_U))
+    expected = np.interp((edges[1:] + edges[:-1]) / 2, MODE_T, 1 / slope)
+    np.testing.assert_allclose(density, expected, rtol=0.03)
+    assert density.argmax() in (19, 20)
+    assert density[0] == pytest.approx(1 / 2.29, rel=0.03)  # f'(0) = -(1 + s); logit_normal has 0 there
 
 
 @pytest.mark.parametrize("sampling", flow.TIME_SAMPLINGS)
