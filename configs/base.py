@@ -73,6 +73,8 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | mode | u_shaped
+    c.loss.kind = "mse"  # mse (the paper's) | huber: errors beyond huber_delta count linearly
+    c.loss.huber_delta = 1.0  # in units of the latents
     c.loss.mask_void = True  # leave void pixels out of the loss
 
     c.optim = ConfigDict()

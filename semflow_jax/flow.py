@@ -15,6 +15,8 @@ and a network v(z_t, t) learns it by least squares,
 The pairs are given, so no noise enters: integrating dz = v dt from 0 to 1 segments, from 1 to 0 synthesizes.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -22,6 +24,7 @@ from jaxtyping import Array, Float, Key
 from semflow_jax import noise
 
 TIME_SAMPLINGS = ("uniform", "logit_normal", "mode", "u_shaped")
+ERRORS = ("mse", "huber")
 MODE_SCALE = 1.29  # s of mode sampling: rf/mode(1.29) of Esser et al. (2024)
 
 
@@ -61,14 +64,34 @@ def sample_time(key: Key[Array, "..."], num: int, sampling: str = "uniform") -> 
     raise ValueError(f"time sampling: one of {TIME_SAMPLINGS}, got {sampling!r}")
 
 
+def make_error_fn(kind: str = "mse", delta: float = 1.0) -> Callable[[Array], Array]:
+    """What takes the place of the square in equation (3), by name.
+
+    `mse` is the square, e^2; `huber` is the pseudo-Huber error, 2 delta^2 (sqrt(1 + (e / delta)^2) - 1), which is about
+    e^2 for errors small beside `delta` and about 2 delta |e| for large ones.
+
+    Raises:
+        ValueError: unknown `kind`.
+    """
+    if kind == "mse":
+        return jnp.square
+    if kind == "huber":  # in a form that loses no digits of small errors
+        return lambda e: 2 * jnp.square(e) / (1 + jnp.sqrt(1 + jnp.square(e / delta)))
+    raise ValueError(f"error: one of {ERRORS}, got {kind!r}")
+
+
 def loss_terms(
-    v: Float[Array, "b h w c"], target: Float[Array, "b h w c"], weight: Float[Array, "b h w d"] | None = None
+    v: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    weight: Float[Array, "b h w d"] | None = None,
+    error_fn: Callable[[Array], Array] = jnp.square,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Equation (3) in float32 as a quotient, (mean of w e, mean of w), whose terms add up over equal parts of a batch.
 
-    e are the squares; `weight` w (1 or c channels) is 1 by default, and 0 leaves a place out.
+    e are the squares, or what `error_fn` makes of the differences; `weight` w (1 or c channels) is 1 by default, and 0
+    leaves a place out.
     """
-    error = jnp.square(v.astype(jnp.float32) - target.astype(jnp.float32))
+    error = error_fn(v.astype(jnp.float32) - target.astype(jnp.float32))
     if weight is None:
         return error.mean(), jnp.ones(())
     weight = jnp.broadcast_to(weight, error.shape)

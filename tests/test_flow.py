@@ -127,6 +127,36 @@ def test_loss_of_half_precision_is_taken_in_float32():
     assert loss(v, target) == expected
 
 
+@pytest.mark.parametrize(
+    ("delta", "error", "expected"),
+    [(1.0, 0.0, 0.0), (2.0, 1.5, 2.0), (2.0, -1.5, 2.0), (1.0, 3**0.5, 2.0), (5.0, 12.0, 400 / 5)],
+)
+def test_huber_by_hand(delta, error, expected):
+    """2 delta^2 (sqrt(1 + (e / delta)^2) - 1): of 3/4 and 12/5 the roots are 5/4 and 13/5."""
+    np.testing.assert_allclose(flow.make_error_fn("huber", delta)(jnp.float32(error)), expected, rtol=1e-6)
+
+
+def test_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
+    e = jnp.array([-3.0, -1e-2, -1e-4, 1e-6, 0.5, 2.0])
+    np.testing.assert_allclose(flow.make_error_fn("huber", 1e4)(e), flow.make_error_fn("mse")(e), rtol=1e-6)
+    error_fn = flow.make_error_fn("huber", 0.5)
+    np.testing.assert_allclose(error_fn(e[1:4]), e[1:4] ** 2, rtol=1e-3)
+    slope = jax.vmap(jax.grad(error_fn))(jnp.array([-1e4, 0.0, 1e-4, 1e4]))
+    np.testing.assert_allclose(slope, [-1.0, 0.0, 2e-4, 1.0], rtol=1e-3)
+
+
+def test_loss_of_another_error():
+    v, target = make_pair()
+    error, total = flow.loss_terms(v, target, jnp.full((*SHAPE[:3], 1), 0.5), flow.make_error_fn("huber", 0.3))
+    e = np.asarray(v, np.float64) - np.asarray(target, np.float64)
+    np.testing.assert_allclose(error / total, np.mean(0.18 * (np.sqrt(1 + (e / 0.3) ** 2) - 1)), rtol=1e-5)
+
+
+def test_unknown_error():
+    with pytest.raises(ValueError, match="error: one of .*, got 'l3'"):
+        flow.make_error_fn("l3")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_loss_is_a_weighted_mean(channels):
     v, target = make_pair()

@@ -45,6 +45,8 @@ def make_config(data_dir, **changes):
         ("optim.schedule", "zigzag", "optim.schedule: one of .*, got 'zigzag'"),
         ("optim.accum_steps", 5, "optim.accum_steps: batch_size 32 must be a multiple"),
         ("loss.time_sampling", "dawn", "loss.time_sampling: one of .*, got 'dawn'"),
+        ("loss.kind", "l3", "loss.kind: one of .*, got 'l3'"),
+        ("loss.huber_delta", 0.0, "loss.huber_delta: above 0, got 0.0; 1.0 is usual"),
         ("sampling.solver", "magic", "solver: one of .*, got 'magic'"),
         ("sampling.steps", 0, "steps: at least 1, got 0"),
         ("codec.name", "vqgan", "codec.name: one of .*, got 'vqgan'"),

@@ -154,6 +154,10 @@ def check_values(c: ConfigDict) -> None:
     solve.check(c.sampling.solver, c.sampling.steps)
     if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
+    if c.loss.kind not in flow.ERRORS:
+        raise UserError(f"loss.kind: one of {flow.ERRORS}, got {c.loss.kind!r}")
+    if c.loss.huber_delta <= 0:
+        raise UserError(f"loss.huber_delta: above 0, got {c.loss.huber_delta}; 1.0 is usual")
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
 

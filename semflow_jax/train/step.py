@@ -41,6 +41,7 @@ def make_train_step(
     sampler: Sampler, optimizer: optax.GradientTransformation, c: ConfigDict, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Builds step(state, frozen, batch, key) -> (state, metrics); see the module docstring."""
+    error_fn = flow.make_error_fn(c.loss.kind, c.loss.huber_delta)
 
     def loss_fn(params: Params, frozen: Frozen, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         key_encode, key_perturb, key_time = noise.split(batch["key"], 3)
@@ -51,7 +52,7 @@ def make_train_step(
         weight = None
         if c.loss.mask_void:
             weight = sampler.codec.pool((batch["label"] != VOID).astype(jnp.float32))
-        return flow.loss_terms(v, flow.velocity(z0, z1), weight)
+        return flow.loss_terms(v, flow.velocity(z0, z1), weight, error_fn)
 
     gradient_fn = make_gradient_fn(loss_fn, c, mesh)
 
