@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     c.mask_code.pixel = 0.1  # amplitude of the perturbation per pixel and channel, as in the paper
     c.mask_code.region = 0.0  # amplitude of the perturbation per class of an image and channel
     c.mask_code.whiten = 0.5  # the same for linear
+    c.mask_code.balance = "none"  # none (the paper's) | minmax: mask latents get the range of image latents, for colour
     c.mask_code.learned = ConfigDict()  # see learned_code.py; pixel and region are in units of the latents' spread
     c.mask_code.learned.width = 64  # channels of its networks on the latent grid
     c.mask_code.learned.pixel_width = 16  # channels of a pixel

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import flow, learned_code, parallel, solve
+from semflow_jax import flow, learned_code, mask_code, parallel, solve
 from semflow_jax.codec import Codec, fit_patch_codec, make_codec
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.prepare import ensure
@@ -20,7 +20,7 @@ from semflow_jax.data.transforms import crop_centre
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.latents import ensure_latents
-from semflow_jax.mask_code import MaskCode, fit_linear_code, make_mask_code
+from semflow_jax.mask_code import MaskCode, fit_balance, fit_linear_code, make_mask_code
 from semflow_jax.models.build import Params, make_velocity_fn
 from semflow_jax.pipeline import EXPORT, make_config, save_frozen
 from semflow_jax.sampling import Sampler
@@ -28,7 +28,7 @@ from semflow_jax.train.optim import make_schedule
 from semflow_jax.train.start import Start, find_start, resume_start
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
-NUM_MEASURED = 64  # training images whose latents a learned mask code takes its spread from
+NUM_MEASURED = 64  # training images whose latents a mask code takes its spread from, and masks for a balance
 FREE_KEYS = (  # what such keys begin with may change when a run goes on
     "batch_size",
     "checkpoint_every",
@@ -158,6 +158,7 @@ def check_values(c: ConfigDict) -> None:
         raise UserError(f"loss.kind: one of {flow.ERRORS}, got {c.loss.kind!r}")
     if c.loss.huber_delta <= 0:
         raise UserError(f"loss.huber_delta: above 0, got {c.loss.huber_delta}; 1.0 is usual")
+    mask_code.check(c.mask_code)
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
 
@@ -199,4 +200,8 @@ def _fit(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Co
         progress = jax.process_index() == 0
         found = learned_code.fit(labels, images, info.num_classes, codec, c.mask_code, c.seed, progress)
         fitted = parallel.of_first(found, "every process has learned a mask code")
+    elif c.mask_code.balance == "minmax":
+        pairs = chosen("label", NUM_MEASURED), chosen("image", NUM_MEASURED)
+        found = fit_balance(*pairs, info.num_classes, codec, c.mask_code, c.seed)
+        fitted = parallel.of_first(found, "every process has balanced the mask code")
     return codec, make_mask_code(c.mask_code, codec, info.num_classes, fitted)
