@@ -64,7 +64,7 @@ def run(workdir: pathlib.Path) -> None:
     result = {
         "segmentation": segmentation,
         "synthesis": synthesis,
-        "train": loop.summarize(rows),
+        "train": loop.summarize(rows) | {"code_seconds": setup.code_seconds},
         "wall_seconds": time.time() - START,
         "params_sha256": digest,
         "num_params": loop.count_params(params),

@@ -22,7 +22,7 @@ from semflow_jax.codec import load_codec
 from semflow_jax.data.records import count_records, final_split, load_info, open_records, spread_indices
 from semflow_jax.evaluate import calibration, segmentation
 from semflow_jax.mask_code import MaskCode, make_mask_code
-from semflow_jax.train.setup import NUM_FITTED, NUM_MEASURED
+from semflow_jax.train.fit import NUM_FITTED, NUM_MEASURED
 
 CODES = {
     "colour, grid": {"name": "colour", "palette": "grid"},

@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     c.mask_code.pixel = 0.1  # amplitude of the perturbation per pixel and channel, as in the paper
     c.mask_code.region = 0.0  # amplitude of the perturbation per class of an image and channel
     c.mask_code.whiten = 0.5  # the same for linear
+    c.mask_code.balance = "none"  # none (the paper's) | minmax: mask latents get the range of image latents, for colour
     c.mask_code.learned = ConfigDict()  # see learned_code.py; pixel and region are in units of the latents' spread
     c.mask_code.learned.width = 64  # channels of its networks on the latent grid
     c.mask_code.learned.pixel_width = 16  # channels of a pixel
@@ -75,7 +76,9 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "float32"  # stores
 
     c.loss = ConfigDict()
-    c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | u_shaped
+    c.loss.time_sampling = "uniform"  # uniform (the paper's) | logit_normal | mode | u_shaped
+    c.loss.kind = "mse"  # mse (the paper's) | huber: errors beyond huber_delta count linearly
+    c.loss.huber_delta = 1.0  # in units of the latents
     c.loss.image_weight = 0.7  # of the image's velocity, for symmflow
     c.loss.shortcut_every = 0  # each so many-th example of a batch learns jumps; 0: none
     c.loss.mask_void = True  # leave void pixels out of the loss

@@ -1,6 +1,11 @@
 """Class ids <-> mask latents z_1, of the image latents' shape. Three codes, one interface.
 
-`colour` is the paper's: class ids become the colours of a palette, perturbed, and pass through the image codec.
+`colour` is the paper's: class ids become the colours of a palette, perturbed, and pass through the image codec E.
+Balanced (`minmax`), the latents of masks m are brought to the range that those of images have, channel by channel,
+
+    z_1 = scale E(m) + shift,                                                                              (2)
+
+and back again before they are decoded.
 
 `linear` needs no colours. The one-hot vectors of a patch, factor^2 n numbers, pass through the principal components of
 `whiten.py`, with weights w_c = f_c^(-1/4) that lift classes of small frequency f_c:
@@ -21,16 +26,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from semflow_jax import learned_code, noise, palette, whiten
 from semflow_jax.codec import Codec
 from semflow_jax.errors import UserError
-from semflow_jax.models.build import Params
+from semflow_jax.models.build import Abstract, Params
 from semflow_jax.models.layers import from_patches, to_patches
 
 CODES = ("colour", "linear", "learned")
+BALANCES = ("none", "minmax")
+ENDS = (0.001, 0.999)  # quantiles that stand for the smallest and the largest value, which are a matter of chance
+LEAST_SPREAD = 1e-3  # between the ends of a channel, for its scale not to be 1
 NUM_TINT = 3  # channels
 SHARPNESS = 8.0  # of (3) in palette.py for one-hot vectors: 1 / sigma^2, sigma a quarter of their distance, sqrt(2)
 BALANCE = 0.25  # exponent of the class weights
@@ -59,8 +67,26 @@ class MaskCode:
         return jnp.argmax(self.logits(params, codec_params, z1), axis=-1, keepdims=True).astype(jnp.uint8)
 
 
-def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: float, region: float) -> MaskCode:
+def check(c: ConfigDict) -> None:
+    """Raises UserError for a name of the section `mask_code` that there is not."""
+    if c.name not in CODES:
+        raise UserError(f"mask_code.name: one of {CODES}, got {c.name!r}")
+    if _balance(c) not in BALANCES:
+        raise UserError(f"mask_code.balance: one of {BALANCES}, got {_balance(c)!r}")
+    if _balance(c) != "none" and c.name != "colour":
+        raise UserError(f"mask_code.balance: 'none' for the code {c.name!r}, got {_balance(c)!r}; it is for 'colour'")
+
+
+def _balance(c: ConfigDict) -> str:
+    return c.get("balance", "none")  # models that were saved without have none
+
+
+def make_colour_code(
+    codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: float, region: float, params: Params | None = None
+) -> MaskCode:
     """The paper's pseudo-mask; `pixel` and `region` are the amplitudes of `palette.perturb`.
+
+    Args: params: `scale` and `shift` [c] of equation (2); None or nothing leaves the latents as they are.
 
     Raises:
         UserError: where the amplitudes could change a class.
@@ -71,12 +97,60 @@ def make_colour_code(codec: Codec, colours: UInt8[np.ndarray, "n 3"], pixel: flo
         mask_rgb = palette.colourise(label, colours)
         if key is not None:
             mask_rgb = palette.perturb(key, mask_rgb, label, len(colours), pixel, region)
-        return codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
+        z1 = codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
+        return params["scale"] * z1 + params["shift"] if params else z1
 
     def logits(params, codec_params, z1):
+        z1 = (z1 - params["shift"]) / params["scale"] if params else z1
         return palette.logits(codec.decode(codec_params, z1), colours)
 
-    return MaskCode("colour", colours, {}, encode, logits)
+    return MaskCode("colour", colours, params or {}, encode, logits)
+
+
+def abstract_balance(c: ConfigDict, codec: Codec) -> Abstract:
+    """Shapes and types of the arrays of a colour code."""
+    names = () if _balance(c) == "none" else ("scale", "shift")
+    return dict.fromkeys(names, jax.ShapeDtypeStruct((codec.channels,), jnp.float32))
+
+
+def fit_balance(
+    labels: Iterable[UInt8[np.ndarray, "h w 1"]],
+    images: Iterable[UInt8[np.ndarray, "h w 3"]],
+    num_classes: int,
+    codec: Codec,
+    c: ConfigDict,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of equation (2), from training masks and images; equal arguments give equal arrays.
+
+    Both are taken as training sees them: masks are perturbed, and images sampled where the codec is a distribution. A
+    channel that is flat in either has scale 1, and only the middles of its ends meet.
+
+    Args: c: the config section `mask_code`.
+    """
+    code = make_colour_code(codec, palette.make_palette(c.palette, num_classes), c.pixel, c.region)
+    key_mask, key_image = noise.split(jax.random.key(seed), 2)
+
+    @jax.jit
+    def encode_mask(params: Params, label: Array, i: Array) -> Array:
+        return code.encode({}, params, label, jax.random.fold_in(key_mask, i))
+
+    @jax.jit
+    def encode_image(params: Params, image: Array, i: Array) -> Array:
+        return codec.encode(params, image, jax.random.fold_in(key_image, i))
+
+    masks = _ends(encode_mask(codec.params, x[None], np.int32(i)) for i, x in enumerate(labels))
+    pictures = _ends(encode_image(codec.params, palette.scale(x[None]), np.int32(i)) for i, x in enumerate(images))
+    spread = np.stack([masks[1] - masks[0], pictures[1] - pictures[0]])
+    scale = np.divide(spread[1], spread[0], out=np.ones_like(spread[0]), where=spread.min(0) > LEAST_SPREAD)
+    shift = pictures.mean(0) - scale * masks.mean(0)
+    return {"scale": scale.astype(np.float32), "shift": shift.astype(np.float32)}
+
+
+def _ends(latents: Iterable[Array]) -> Float[np.ndarray, "2 c"]:
+    """ENDS by channel."""
+    rows = np.concatenate([np.asarray(z, np.float64).reshape(-1, z.shape[-1]) for z in latents])
+    return np.quantile(rows, ENDS, axis=0)
 
 
 def fit_linear_code(
@@ -133,14 +207,19 @@ def make_mask_code(
     """The code of a config section.
 
     Args:
-        params: the fitted arrays of 'linear' and 'learned'.
+        params: the fitted arrays: of 'linear', of 'learned', and of 'colour' where it is balanced.
         colours: those a saved model was trained with; by default the palette that `c` names.
+
+    Raises:
+        ValueError: `params` that are another balance's or network's.
     """
-    if c.name not in CODES:
-        raise UserError(f"mask_code.name: one of {CODES}, got {c.name!r}")
+    check(c)
     colours = palette.make_palette(c.palette, num_classes) if colours is None else colours
     if c.name == "colour":
-        code = make_colour_code(codec, colours, c.pixel, c.region)
+        wanted = {name: x.shape for name, x in abstract_balance(c, codec).items()}
+        if {name: x.shape for name, x in params.items()} != wanted:
+            raise ValueError("arrays of a colour code that don't fit mask_code.balance or the codec")
+        code = make_colour_code(codec, colours, c.pixel, c.region, params)
     elif c.name == "linear":
         code = make_linear_code(codec, colours, params, c.pixel, c.region)
     else:

@@ -44,7 +44,16 @@ def u_shaped_cdf(t):
     return 0.5 + jnp.sinh(4 * (t - 0.5)) / (2 * jnp.sinh(2.0))
 
 
-CDFS = {"uniform": lambda t: t, "logit_normal": logit_normal_cdf, "u_shaped": u_shaped_cdf}
+# Of the mode sampling: u and t = f(1 - u) = 1 - f(u), which rises.
+MODE_U = np.linspace(0, 1, 100_001)
+MODE_T = MODE_U + 1.29 * (np.cos(np.pi / 2 * MODE_U) ** 2 - 1 + MODE_U)
+
+
+def mode_cdf(t):
+    return np.interp(t, MODE_T, MODE_U)
+
+
+CDFS = {"uniform": lambda t: t, "logit_normal": logit_normal_cdf, "mode": mode_cdf, "u_shaped": u_shaped_cdf}
 
 
 def test_closed_forms_are_densities():
@@ -66,6 +75,22 @@ def test_times_follow_their_distribution(sampling):
     gap = max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
     assert gap < 1.63 / num**0.5  # exceeded once in a hundred keys by the right distribution
     assert t[0] >= 0 and t[-1] <= 1
+
+
+def test_mode_sampling_has_its_peak_in_the_middle_and_heavy_tails(monkeypatch):
+    """Drawn times by u are monotone and symmetric; their histogram is the derivative of the inverse."""
+    u = jnp.linspace(0.0, 1.0, 20_001)
+    monkeypatch.setattr(flow.noise, "uniform", lambda key, shape: u)
+    t = np.asarray(flow.sample_time(jax.random.key(0), len(u), "mode"))
+    assert t[0] == 1 and t[10_000] == pytest.approx(0.5) and t[-1] == 0
+    assert (np.diff(t) < 0).all()
+    np.testing.assert_allclose(t + t[::-1], 1, atol=1e-6)
+    density, edges = np.histogram(t, 40, (0, 1), density=True)
+    slope = np.abs(np.gradient(MODE_T, MODE_U))
+    expected = np.interp((edges[1:] + edges[:-1]) / 2, MODE_T, 1 / slope)
+    np.testing.assert_allclose(density, expected, rtol=0.03)
+    assert density.argmax() in (19, 20)
+    assert density[0] == pytest.approx(1 / 2.29, rel=0.03)  # f'(0) = -(1 + s); logit_normal has 0 there
 
 
 @pytest.mark.parametrize("sampling", flow.TIME_SAMPLINGS)
@@ -100,6 +125,36 @@ def test_loss_of_half_precision_is_taken_in_float32():
     expected = loss(v.astype(jnp.float32), target.astype(jnp.float32))
     assert loss(v, target).dtype == jnp.float32
     assert loss(v, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("delta", "error", "expected"),
+    [(1.0, 0.0, 0.0), (2.0, 1.5, 2.0), (2.0, -1.5, 2.0), (1.0, 3**0.5, 2.0), (5.0, 12.0, 400 / 5)],
+)
+def test_huber_by_hand(delta, error, expected):
+    """2 delta^2 (sqrt(1 + (e / delta)^2) - 1): of 3/4 and 12/5 the roots are 5/4 and 13/5."""
+    np.testing.assert_allclose(flow.make_error_fn("huber", delta)(jnp.float32(error)), expected, rtol=1e-6)
+
+
+def test_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
+    e = jnp.array([-3.0, -1e-2, -1e-4, 1e-6, 0.5, 2.0])
+    np.testing.assert_allclose(flow.make_error_fn("huber", 1e4)(e), flow.make_error_fn("mse")(e), rtol=1e-6)
+    error_fn = flow.make_error_fn("huber", 0.5)
+    np.testing.assert_allclose(error_fn(e[1:4]), e[1:4] ** 2, rtol=1e-3)
+    slope = jax.vmap(jax.grad(error_fn))(jnp.array([-1e4, 0.0, 1e-4, 1e4]))
+    np.testing.assert_allclose(slope, [-1.0, 0.0, 2e-4, 1.0], rtol=1e-3)
+
+
+def test_loss_of_another_error():
+    v, target = make_pair()
+    error, total = flow.loss_terms(v, target, jnp.full((*SHAPE[:3], 1), 0.5), flow.make_error_fn("huber", 0.3))
+    e = np.asarray(v, np.float64) - np.asarray(target, np.float64)
+    np.testing.assert_allclose(error / total, np.mean(0.18 * (np.sqrt(1 + (e / 0.3) ** 2) - 1)), rtol=1e-5)
+
+
+def test_unknown_error():
+    with pytest.raises(ValueError, match="error: one of .*, got 'l3'"):
+        flow.make_error_fn("l3")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

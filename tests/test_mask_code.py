@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from semflow_jax import mask_code, palette
-from semflow_jax.codec import make_patch_codec
+from semflow_jax.codec import fit_patch_codec, make_patch_codec
 from semflow_jax.data.info import VOID
 from semflow_jax.errors import UserError
 
@@ -159,7 +159,94 @@ def test_colour_code_refuses_amplitudes_that_change_classes():
         make_colour(pixel=2.0, region=2.0)
 
 
+def make_images(num: int, seed: int = 0) -> np.ndarray:
+    """Dark pictures with little red in them, and grain."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal((40, 90, 90), (5, 20, 40), (num, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
+    return (pixels + rng.normal(0, 5, pixels.shape)).clip(0, 255).astype(np.uint8)
+
+
+def make_balanced(codec, labels, images, **changes) -> mask_code.MaskCode:
+    c = make_config(name="colour", balance="minmax", **{"pixel": 0.1, "region": 0.0} | changes)
+    params = mask_code.fit_balance(labels, images, NUM_CLASSES, codec, c, seed=3)
+    assert {name: (x.shape, x.dtype) for name, x in params.items()} == {
+        name: (x.shape, x.dtype) for name, x in mask_code.abstract_balance(c, codec).items()
+    }
+    return mask_code.make_mask_code(c, codec, NUM_CLASSES, params)
+
+
+def find_ends(z) -> np.ndarray:
+    return np.quantile(np.asarray(z).reshape(-1, z.shape[-1]), (0.001, 0.999), axis=0)
+
+
+@pytest.mark.parametrize(("pixel", "tolerance"), [(0.0, 1e-4), (0.2, 0.1)])
+def test_balanced_masks_have_the_range_of_images(pixel, tolerance):
+    """Exactly without a perturbation; with it, another key has other ends, but for a little."""
+    labels, images = make_labels(40), make_images(40)
+    codec = make_patch_codec(4, fit_patch_codec(images, 4, 0.5))
+    code = make_balanced(codec, labels, images, pixel=pixel)
+    wanted = find_ends(codec.encode(codec.params, jnp.asarray(palette.scale(images))))
+    found = find_ends(code.encode(code.params, codec.params, jnp.asarray(labels), jax.random.key(0)))
+    np.testing.assert_allclose(found, wanted, atol=tolerance * (wanted[1] - wanted[0]).max())
+    plain = make_colour(pixel=pixel)
+    before = find_ends(plain.encode({}, codec.params, jnp.asarray(labels), jax.random.key(0)))
+    assert np.abs(before - wanted).max() > 3 * np.abs(found - wanted).max()
+
+
+def random_moments(params, image):
+    """Those of a codec that is a distribution."""
+    mean, _ = CODEC.moments(params, image)
+    return mean, jnp.full_like(mean, 0.5)
+
+
+@pytest.mark.parametrize("codec", [CODEC, dataclasses.replace(CODEC, moments=random_moments)])
+def test_balanced_masks_decode_as_the_others_do(codec):
+    label = jnp.asarray(make_labels(4)).at[0, :3].set(VOID)
+    balanced = make_balanced(codec, np.asarray(label), make_images(4))
+    plain = mask_code.make_colour_code(codec, COLOURS, 0.1, 0.0)
+    decoded = []
+    for code in (balanced, plain):
+        z1 = code.encode(code.params, codec.params, label, jax.random.key(1))
+        decoded.append(np.asarray(code.decode(code.params, codec.params, z1)))
+    np.testing.assert_array_equal(*decoded)
+    known = np.asarray(label != VOID)
+    np.testing.assert_array_equal(decoded[0][known], np.asarray(label)[known])
+
+
+def test_images_are_balanced_as_they_are_sampled():
+    """A codec that is a distribution widens their ends."""
+    labels, images = make_labels(4), make_images(4)
+    narrow, wide = (
+        make_balanced(codec, labels, images) for codec in (CODEC, dataclasses.replace(CODEC, moments=random_moments))
+    )
+    assert (wide.params["scale"] > 1.5 * narrow.params["scale"]).all()
+
+
+def test_a_flat_channel_is_only_moved():
+    labels, images = np.zeros((2, 32, 32, 1), np.uint8), make_images(2)
+    code = make_balanced(CODEC, labels, images, pixel=0.0)
+    np.testing.assert_array_equal(code.params["scale"], 1)
+    z1 = code.encode(code.params, CODEC.params, jnp.asarray(labels), None)
+    middle = find_ends(CODEC.encode(CODEC.params, jnp.asarray(palette.scale(images)))).mean(0)
+    np.testing.assert_allclose(z1, np.broadcast_to(middle, z1.shape), atol=1e-6)
+    assert not np.asarray(code.decode(code.params, CODEC.params, z1)).any()
+
+
+def test_the_balance_is_deterministic_and_part_of_the_code():
+    ours, again = (make_balanced(CODEC, make_labels(4), make_images(4)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, again.params)
+    assert ours.config["balance"] == "minmax"
+    with pytest.raises(ValueError, match="arrays of a colour code that don't fit mask_code.balance"):
+        mask_code.make_mask_code(ConfigDict(ours.config), CODEC, NUM_CLASSES, {})
+    with pytest.raises(ValueError, match="arrays of a colour code that don't fit mask_code.balance"):
+        mask_code.make_mask_code(make_config(name="colour", pixel=0.1, region=0.0), CODEC, NUM_CLASSES, ours.params)
+
+
 def test_unknown_names():
+    with pytest.raises(UserError, match=r"mask_code.balance: one of .*, got 'zscore'"):
+        mask_code.make_mask_code(make_config(name="colour", balance="zscore"), CODEC, NUM_CLASSES, {})
+    with pytest.raises(UserError, match=r"mask_code.balance: 'none' for the code 'linear', got 'minmax'"):
+        mask_code.make_mask_code(make_config(balance="minmax"), CODEC, NUM_CLASSES, {})
     with pytest.raises(UserError, match=r"mask_code.name: one of .*, got 'one_hot'"):
         mask_code.make_mask_code(make_config(name="one_hot"), CODEC, NUM_CLASSES, {})
     with pytest.raises(UserError, match="palette: one of .*, got 'rainbow'"):

@@ -214,7 +214,15 @@ def test_a_run_that_goes_on_keeps_its_code(tmp_path, monkeypatch):
     c = make_run_config(str(tmp_path / "data"), **{"mask_code.name": "learned", **changes})
     first = make_setup(c, tmp_path / "run")
     begin(first, tmp_path / "run")
-    monkeypatch.setattr("semflow_jax.train.setup._fit", None)  # calling it would fail
+    monkeypatch.setattr(learned_code, "fit", None)  # calling it would fail
+    other = make_setup(c, tmp_path / "other run")
+    jax.tree.map(np.testing.assert_array_equal, other.sampler.frozen["code"], first.sampler.frozen["code"])
+    assert other.code_seconds == first.code_seconds > 0
+    with pytest.raises(TypeError):
+        make_setup(
+            make_run_config(str(tmp_path / "data"), **{"mask_code.name": "learned", "seed": 1, **changes}), tmp_path
+        )
+    monkeypatch.setattr("semflow_jax.train.setup.fit_codes", None)
     again = make_setup(c, tmp_path / "run")
     assert again.model == first.model and first.model["mask_code"]["learned"]["steps"] == 2
     jax.tree.map(np.testing.assert_array_equal, again.sampler.frozen["code"], first.sampler.frozen["code"])

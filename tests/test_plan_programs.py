@@ -49,6 +49,12 @@ def test_arrays_that_would_be_fitted():
             }
 
 
+def test_arrays_of_balanced_colours():
+    c = load("base", **SMALL, **{"mask_code.balance": "minmax"})
+    frozen = make_programs(c, jax.devices()[:1], 7)["segment"]().args[1]
+    assert {name: x.shape for name, x in frozen["code"].items()} == {"scale": (48,), "shift": (48,)}
+
+
 def test_work_of_the_directions():
     """Ten steps of the solver each; training is three times a step, and has more images."""
     c = load("quickstart", **SMALL)

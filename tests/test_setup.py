@@ -52,6 +52,8 @@ def make_config(data_dir, **changes):
         ("loss.image_weight", 1.5, "loss.image_weight: in .*, got 1.5"),
         ("loss.shortcut_every", 4, "loss.shortcut_every: 0, or above it with model.intervals; got 4 with .* False"),
         ("loss.time_sampling", "dawn", "loss.time_sampling: one of .*, got 'dawn'"),
+        ("loss.kind", "l3", "loss.kind: one of .*, got 'l3'"),
+        ("loss.huber_delta", 0.0, "loss.huber_delta: above 0, got 0.0; 1.0 is usual"),
         ("sampling.solver", "magic", "solver: one of .*, got 'magic'"),
         ("sampling.steps", 0, "steps: at least 1, got 0"),
         ("codec.name", "vqgan", "codec.name: one of .*, got 'vqgan'"),
@@ -59,6 +61,8 @@ def make_config(data_dir, **changes):
         ("codec.factor", 5, "size: height and width must be multiples of 10 .*, got 16 x 24"),
         ("codec.factor", 1, "'linear' needs a codec of at least 5 channels"),
         ("mask_code.name", "one_hot", "mask_code.name: one of .*, got 'one_hot'"),
+        ("mask_code.balance", "zscore", "mask_code.balance: one of .*, got 'zscore'"),
+        ("mask_code.balance", "minmax", "mask_code.balance: 'none' for the code 'linear', got 'minmax'"),
         ("mask_code.palette", "rainbow", "palette: one of .*, got 'rainbow'"),
         ("model.num_heads", (2,), "model: block_out_channels, attention and num_heads need one entry per level"),
         ("model.num_groups", 3, "model.block_out_channels: each must be a multiple of num_groups"),
@@ -71,13 +75,16 @@ def test_bad_values(data_dir, tmp_path, key, value, message):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path, monkeypatch):
-    first = make_setup(make_config(data_dir), tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "num_arrays"), [({}, 3), ({"mask_code.name": "colour", "mask_code.balance": "minmax"}, 2)]
+)
+def test_a_run_keeps_what_it_was_fitted_to(data_dir, tmp_path, monkeypatch, changes, num_arrays):
+    first = make_setup(make_config(data_dir, **changes), tmp_path)
     begin(first, tmp_path)
-    monkeypatch.setattr("semflow_jax.train.setup._fit", None)  # calling it would fail
-    again = make_setup(make_config(data_dir), tmp_path)
+    monkeypatch.setattr("semflow_jax.train.setup.fit_codes", None)  # calling it would fail
+    again = make_setup(make_config(data_dir, **changes), tmp_path)
     assert again.model == first.model
-    assert {len(arrays) for arrays in first.sampler.frozen.values()} == {3}
+    assert {name: len(arrays) for name, arrays in first.sampler.frozen.items()} == {"codec": 3, "code": num_arrays}
     jax.tree.map(np.testing.assert_array_equal, again.sampler.frozen, first.sampler.frozen)
 
 

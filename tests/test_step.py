@@ -177,6 +177,17 @@ def test_moving_average_in_closed_form():
     assert int(state["step"]) == 3
 
 
+def test_the_error_is_that_of_the_config(mixing):
+    """A large delta makes squares of all errors, a small one of none."""
+    losses = []
+    for delta in (1e4, 0.1):
+        step, state, frozen = make_mixing(**{"loss.kind": "huber", "loss.huber_delta": delta})
+        losses.append(float(jax.jit(step)(state, frozen, make_batch(), jax.random.key(0))[1]["loss"]))
+    step, state, frozen = mixing
+    square = float(step(state, frozen, make_batch(), jax.random.key(0))[1]["loss"])
+    assert losses[0] == pytest.approx(square, rel=1e-5) and losses[1] < 0.5 * square
+
+
 @pytest.mark.parametrize("void_rows", [0, 4, 8])
 def test_loss_of_a_silent_network(mixing, void_rows):
     """The mean square of z_1 - z_0, over the places that have a class."""

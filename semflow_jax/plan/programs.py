@@ -22,7 +22,7 @@ from semflow_jax.codec import Codec, load_codec, make_kl_codec, make_patch_codec
 from semflow_jax.data.records import load_info
 from semflow_jax.data.sources import ade20k, avatars, celebamask_hq, cityscapes, coco_stuff
 from semflow_jax.errors import UserError
-from semflow_jax.mask_code import NUM_TINT, make_mask_code
+from semflow_jax.mask_code import NUM_TINT, abstract_balance, make_mask_code
 from semflow_jax.models.build import Abstract, abstract_unet, make_fns, make_velocity_fn
 from semflow_jax.models.tiny_vae import TINY_VAES, TinyVAE
 from semflow_jax.models.unet_config import UNetConfig
@@ -172,6 +172,8 @@ def _make_parts(c: ConfigDict, num_classes: int, reduced: bool) -> tuple[UNetCon
             fitted = _abstract_whitening(codec.factor**2 * num_classes, codec.channels - NUM_TINT)
         elif c.mask_code.name == "learned":
             fitted = learned_code.abstract_params(c.mask_code, codec, num_classes)
+        else:
+            fitted = abstract_balance(c.mask_code, codec)
         code = make_mask_code(c.mask_code, codec, num_classes, fitted)
     sampler = Sampler(make_velocity_fn(unet), codec, code)
     return unet, sampler, sampler.frozen if context is None else sampler.frozen | {"context": context}

@@ -7,28 +7,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import coupling, flow, learned_code, parallel, solve
-from semflow_jax.codec import Codec, fit_patch_codec, make_codec
+from semflow_jax import coupling, flow, learned_code, mask_code, parallel, solve
 from semflow_jax.data.info import DataInfo
 from semflow_jax.data.prepare import ensure
-from semflow_jax.data.records import count_records, final_split, load_info, open_healthy, spread_indices
-from semflow_jax.data.transforms import crop_centre
+from semflow_jax.data.records import count_records, final_split, load_info
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.runner import Evaluator
 from semflow_jax.latents import ensure_latents
-from semflow_jax.mask_code import MaskCode, fit_linear_code, make_mask_code
-from semflow_jax.models.build import Params, make_velocity_fn
+from semflow_jax.models.build import make_velocity_fn
 from semflow_jax.pipeline import EXPORT, make_config, save_frozen
 from semflow_jax.sampling import Sampler
+from semflow_jax.train.fit import fit_codes
 from semflow_jax.train.optim import make_schedule
 from semflow_jax.train.start import Start, find_start, resume_start
 
-NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
-NUM_MEASURED = 64  # training images whose latents a learned mask code takes its spread from
 FREE_KEYS = (  # what such keys begin with may change when a run goes on
     "batch_size",
     "checkpoint_every",
@@ -61,6 +56,7 @@ class Setup:
     sampler: Sampler
     evaluator: Evaluator
     model: dict[str, Any]  # the config.json of the model
+    code_seconds: float  # that learning its mask code took, now or in an earlier run
 
 
 def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -85,9 +81,10 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     if missing:
         raise UserError(f"{data_dir}: splits train and val needed, {sorted(missing)} missing; prepare it again")
     codec.latent_shape(info.size, unet.factor)
-    code = start.code
+    code, code_seconds = start.code, 0.0
     if code is None:
-        codec, code = coupling.couple(c.objective, *_fit(c, codec, data_dir, info))
+        codec, code, code_seconds = fit_codes(c, codec, data_dir, info)
+        codec, code = coupling.couple(c.objective, codec, code)
     elif len(code.colours) != info.num_classes:
         raise UserError(
             f"init: {c.init} has {len(code.colours)} classes, {data_dir} {info.num_classes}; start from another"
@@ -96,7 +93,9 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     evaluator = Evaluator(sampler, data_dir, info, mesh, c)
     model = make_config(c, unet, codec, code, info)
     train_dir = ensure_latents(data_dir, codec) if c.data.latents else data_dir
-    return Setup(c, data_dir, train_dir, info, final_split(splits), mesh, start, sampler, evaluator, model)
+    return Setup(
+        c, data_dir, train_dir, info, final_split(splits), mesh, start, sampler, evaluator, model, code_seconds
+    )
 
 
 def begin(s: Setup, workdir: pathlib.Path) -> None:
@@ -160,6 +159,11 @@ def check_values(c: ConfigDict) -> None:
     solve.check(c.sampling.solver, c.sampling.steps)
     if c.loss.time_sampling not in flow.TIME_SAMPLINGS:
         raise UserError(f"loss.time_sampling: one of {flow.TIME_SAMPLINGS}, got {c.loss.time_sampling!r}")
+    if c.loss.kind not in flow.ERRORS:
+        raise UserError(f"loss.kind: one of {flow.ERRORS}, got {c.loss.kind!r}")
+    if c.loss.huber_delta <= 0:
+        raise UserError(f"loss.huber_delta: above 0, got {c.loss.huber_delta}; 1.0 is usual")
+    mask_code.check(c.mask_code)
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
 
@@ -187,23 +191,3 @@ def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f"mesh.explicit: layers can't be split in it, got mesh.tensor {mesh.shape['tensor']}; set one of them back"
         )
-
-
-def _fit(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Codec, MaskCode]:
-    """Codec and mask code, fitted to training data where they have something to fit."""
-    records = open_healthy(data_dir, "train", c.data.max_corrupt)
-
-    def chosen(kind: str, limit: int = NUM_FITTED) -> Iterator[np.ndarray]:
-        return (crop_centre(records[i], info.size)[kind] for i in spread_indices(len(records), limit))
-
-    if c.codec.name == "patch" and c.codec.whiten:
-        codec = make_codec(codec.config, fit_patch_codec(chosen("image"), c.codec.factor, c.codec.whiten))
-    fitted: Params = {}
-    if c.mask_code.name == "linear":
-        fitted = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
-    elif c.mask_code.name == "learned":
-        images, labels = chosen("image", NUM_MEASURED), list(chosen("label"))
-        progress = jax.process_index() == 0
-        found = learned_code.fit(labels, images, info.num_classes, codec, c.mask_code, c.seed, progress)
-        fitted = parallel.of_first(found, "every process has learned a mask code")
-    return codec, make_mask_code(c.mask_code, codec, info.num_classes, fitted)

@@ -41,6 +41,7 @@ def make_train_step(
     sampler: Sampler, optimizer: optax.GradientTransformation, c: ConfigDict, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Builds step(state, frozen, batch, key) -> (state, metrics); see the module docstring."""
+    error_fn = flow.make_error_fn(c.loss.kind, c.loss.huber_delta)
 
     def loss_fn(params: Params, frozen: Frozen, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         key_encode, key_perturb, key_time = noise.split(batch["key"], 3)
@@ -63,7 +64,7 @@ def make_train_step(
         if c.loss.mask_void:
             valid = sampler.codec.pool((batch["label"] != VOID).astype(jnp.float32))
             weight = valid if weight is None else weight * valid
-        return flow.loss_terms(v, v_true, weight)
+        return flow.loss_terms(v, v_true, weight, error_fn)
 
     gradient_fn = make_gradient_fn(loss_fn, c, mesh)
 
