@@ -34,3 +34,9 @@ def test_files_are_replaced_at_once(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room"):
         output.write_json(path, {"x": 2})
     assert json.loads(path.read_text()) == {"x": 1}
+
+
+def test_mean_and_spread():
+    assert output.mean_and_spread([0.25]) == "0.25"
+    assert output.mean_and_spread([1.0, 2.0, 3.0], "{:.1f}") == "2.0 ± 1"
+    assert output.mean_and_spread([1.0, float("nan")]) == "-"

@@ -1,19 +1,22 @@
-"""The official recipe in PyTorch (A) and ours (B) in turns, A B A B, with the same seconds of training:
+"""The official recipe in PyTorch (A) and ours (B) side by side, with the same seconds of training:
 
-SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 1800 --turns 2 --seeds 0,1,2
+SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 600 --seeds 0,1,2
 
-One process at a time, each on `--threads` processors. Both models go through the same `semflow evaluate`; compare two
-of its results with `semflow compare`. The same command goes on where it was stopped. See README.md.
+Each has one half of the processors, and the halves are swapped from run to run. Both models go through the same
+`semflow evaluate`. The same command goes on where it was stopped. See README.md.
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import json
 import math
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
+
+from semflow_jax.evaluate.output import mean_and_spread
 
 REPO = pathlib.Path(__file__).resolve().parent.parent.parent
 FEATURES = "efficientnet_lite0"
@@ -36,28 +39,26 @@ def numbers(kind):
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="of configs/: camvid, ccp_fashion; gives data, codec and width")
-    parser.add_argument("--ours", type=pathlib.Path, help="another config of ours for the same data")
+    parser.add_argument("--ours", default="configs/semflow_plus.py:{data}", help="our config; default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our config")
-    parser.add_argument("--seconds", type=float, required=True, help="of training")
+    parser.add_argument("--seconds", type=float, required=True, help="of training, that of our mask code included")
     parser.add_argument("--turns", type=int, default=1, help="times that every seed is run")
     parser.add_argument("--seeds", type=numbers(int), default=[0], metavar="N,N")
-    parser.add_argument("--lr", type=float, default=5e-5, help="the peer's")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the peer's")
     parser.add_argument("--batch-size", type=int, default=32, help="the peer's")
     parser.add_argument("--steps", type=numbers(int), default=[25], metavar="N,N", help="of Euler, for both")
     parser.add_argument("--limit", type=int, help="test images; default: all")
-    parser.add_argument("--draws", type=int, default=8, help="perturbations of each mask that the peer learns from")
-    parser.add_argument("--warmup", type=int, default=50, help="steps by which our speed is measured at first")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--num-samples", type=int, default=2, help="images of each mask")
+    parser.add_argument("--draws", type=int, default=4, help="perturbations of each mask that the peer learns from")
+    parser.add_argument("--warmup", type=int, default=30, help="steps by which our speed is measured")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/peer"))
     return parser.parse_args()
 
 
-def call(*command: object) -> None:
-    """Runs a program of this repository with this Python."""
-    line = [sys.executable, *map(str, command)]
-    print("$", *line[1:], flush=True)
-    paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
-    subprocess.run(line, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+def halves() -> list[list[int]]:
+    """The processors, for the two sides; both have the same where there is one only."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]]
 
 
 class Race:
@@ -66,43 +67,63 @@ class Race:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.config = REPO / "configs" / f"{args.data}.py"
+        self.ours_config = str(REPO / args.ours.format(data=args.data))
         self.out = args.out / args.data
         self.latents = self.out / "latents"
         self.weights = pathlib.Path(os.environ["SEMFLOW_SHARED"], "weights").resolve()
-        self.images_per_second = 0.0  # of ours, when last seen
 
     def run(self) -> None:
-        args = self.args
         if not (self.latents / "train.npz").is_file():
-            call(REPO / "benchmarks/peer/bridge.py", "export", self.config, self.latents, "--draws", args.draws)
-        self.images_per_second = self.train_ours(self.out / "warmup", 0, args.warmup)["images_per_second"]
-        for turn in range(args.turns):
-            for seed in args.seeds:
-                name = f"{turn}-{seed}"
-                self.peer(self.out / f"peer-{name}", seed)
-                self.ours(self.out / f"ours-{name}", seed)
+            self.call(
+                None, "benchmarks/peer/bridge.py", "export", self.config, self.latents, "--draws", self.args.draws
+            )
+        runs = list(itertools.product(range(self.args.turns), self.args.seeds))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for number, (turn, seed) in enumerate(runs):
+                sides = [(self.peer, f"peer-{turn}-{seed}"), (self.ours, f"ours-{turn}-{seed}")]
+                places = halves()[:: 1 if number % 2 == 0 else -1]
+                jobs = [
+                    pool.submit(side, self.out / name, seed, cores)
+                    for (side, name), cores in zip(sides, places, strict=True)
+                ]
+                for job in jobs:
+                    job.result()
                 (self.out / "table.md").write_text(self.table())
         print(self.table())
 
-    def peer(self, folder: pathlib.Path, seed: int) -> None:
+    def call(self, cores: list[int] | None, *command: object) -> None:
+        """Runs a program of this repository with this Python, on these processors only."""
+        line = [sys.executable, *map(str, command)]
+        print("$", *line[1:], flush=True)
+        paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+        running = subprocess.Popen(line, cwd=REPO, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+        if cores is not None:
+            os.sched_setaffinity(running.pid, cores)
+        if running.wait():
+            raise subprocess.CalledProcessError(running.returncode, line)
+
+    def peer(self, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
         args = self.args
         if not (folder / "train.json").is_file():
             recipe = ["--seconds", args.seconds, "--lr", args.lr, "--batch-size", args.batch_size, "--seed", seed]
-            call(REPO / "benchmarks/peer/official.py", self.latents, folder, *recipe, "--threads", args.threads)
+            self.call(cores, "benchmarks/peer/official.py", self.latents, folder, *recipe, "--threads", len(cores))
         if not (folder / "export").is_dir():
-            call(REPO / "benchmarks/peer/bridge.py", "adopt", self.config, self.latents, folder)
-        self.evaluate(folder)
+            self.call(cores, "benchmarks/peer/bridge.py", "adopt", self.config, self.latents, folder)
+        self.evaluate(folder, cores)
 
-    def ours(self, folder: pathlib.Path, seed: int) -> None:
-        batch_size = self.config_of(self.out / "warmup")["batch_size"]
-        num_steps = max(1, round(self.images_per_second * self.args.seconds / batch_size))
-        found = self.train_ours(folder, seed, num_steps)
-        self.images_per_second = found["images_per_second"]
-        (folder / "train.json").write_text(json.dumps(found, indent=1))
-        self.evaluate(folder)
+    def ours(self, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
+        if not (folder / "train.json").is_file():
+            # A short run learns the mask code of this seed, which is kept, and tells how fast both are.
+            warm = self.train_ours(folder.with_name(f"warm-{folder.name}"), seed, self.args.warmup, cores)
+            batch_size = self.config_of(folder.with_name(f"warm-{folder.name}"))["batch_size"]
+            left = self.args.seconds - warm["code_seconds"]
+            found = self.train_ours(folder, seed, max(1, round(warm["images_per_second"] * left / batch_size)), cores)
+            found["seconds"] += found["code_seconds"]
+            (folder / "train.json").write_text(json.dumps(found, indent=1))
+        self.evaluate(folder, cores)
 
-    def train_ours(self, folder: pathlib.Path, seed: int, num_steps: int) -> dict:
-        """The schedule ends with the last step, so the budget is one of steps, by the speed of the run before."""
+    def train_ours(self, folder: pathlib.Path, seed: int, num_steps: int, cores: list[int]) -> dict:
+        """The schedule ends with the last step, so the budget is one of steps."""
         if not (folder / "report.json").is_file():
             if (folder / "config.json").is_file():  # it was stopped, and goes on
                 num_steps = self.config_of(folder)["num_steps"]
@@ -110,29 +131,31 @@ class Race:
             few = {"log_every": min(25, num_steps), "eval.limit": 2, "eval.limit_final": 2}
             options = [f"--config.{key}={value}" for key, value in (whole | few | {"seed": seed}).items()]
             options += [f"--config.{text}" for text in self.args.set]
-            call(REPO / "main.py", f"--config={self.args.ours or self.config}", f"--workdir={folder}", *options)
+            self.call(cores, "main.py", f"--config={self.ours_config}", f"--workdir={folder}", *options)
         report = json.loads((folder / "report.json").read_text())
         return report["train"] | {"num_params": report["num_params"]}
 
     def config_of(self, folder: pathlib.Path) -> dict:
         return json.loads((folder / "config.json").read_text())
 
-    def evaluate(self, folder: pathlib.Path) -> None:
+    def evaluate(self, folder: pathlib.Path, cores: list[int]) -> None:
         """Writes folder/result.json; with the outside judge's opinion, where it knows the classes."""
         args, data_dir = self.args, json.loads((self.latents / "data.json").read_text())["dir"]
         command = ["-m", "semflow_jax.cli", "evaluate", "--checkpoint", folder, "--data", data_dir, "--solver", "euler"]
         command += ["--steps", ",".join(map(str, args.steps)), "--sections", "segmentation,synthesis"]
         command += ["--features", f"{FEATURES}={self.weights / FEATURES / f'{FEATURES}_fp32.safetensors'}"]
-        command += ["--out", folder / "result.json"] + (["--limit", args.limit] if args.limit else [])
+        command += ["--num-samples", args.num_samples, "--out", folder / "result.json"]
+        command += ["--limit", args.limit] if args.limit else []
         if args.data != "camvid":
-            call(*command)
+            self.call(cores, *command)
             return
-        call(*command, "--pictures", folder / "pictures")
+        self.call(cores, *command, "--pictures", folder / "pictures")
         for steps in args.steps:
             name, judge = f"euler-{steps}", self.weights / "espnet" / ESPNET
             places = folder / "pictures" / name, folder / "predictions" / name
-            call(REPO / "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
-        call(*command, "--pictures", folder / "pictures", "--predictions", folder / "predictions")
+            if not places[1].is_dir():
+                self.call(cores, "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
+        self.call(cores, *command, "--pictures", folder / "pictures", "--predictions", folder / "predictions")
 
     def table(self) -> str:
         """Means over the runs of each side, and how far they spread, by the number of steps."""
@@ -158,18 +181,8 @@ def pick(rows: list[dict], steps: int) -> dict:
     return next(row for row in rows if row["steps"] == steps)
 
 
-def mean_and_spread(values: list[float], form: str = "{:.4g}") -> str:
-    """Mean and standard deviation of runs."""
-    if any(map(math.isnan, values)):
-        return "-"
-    mean = form.format(statistics.fmean(values))
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
-
-
 def main() -> None:
-    args = parse()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # of what is started from here too
-    Race(args).run()
+    Race(parse()).run()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -41,3 +42,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def mean_and_spread(values: Sequence[float], form: str = "{:.4g}") -> str:
+    """Mean and standard deviation over runs, as a table shows them; a dash where one of them is no number."""
+    if any(map(math.isnan, values)):
+        return "-"
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"

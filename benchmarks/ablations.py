@@ -1,0 +1,163 @@
+"""One option changed at a time, from configs/semflow_plus.py, at equal seconds of training on one processor:
+
+SEMFLOW_SHARED=../shared taskset -c 0 python benchmarks/ablations.py --data camvid --seconds 120 --seeds 0,1,2
+
+Seconds of learning a mask code count, those of compilation do not. Every run is a line of OUT/DATA.jsonl, and runs that
+are in it are not run again; the table of all lines is printed at the end, and at once with `--seeds ''`.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from semflow_jax import parallel
+from semflow_jax.arguments import words
+from semflow_jax.config_file import load_config
+from semflow_jax.evaluate.features import load_features
+from semflow_jax.evaluate.judges import Judges
+from semflow_jax.evaluate.output import mean_and_spread
+from semflow_jax.evaluate.runner import Setting
+from semflow_jax.train import loop
+from semflow_jax.train.setup import Setup, make_setup
+from semflow_jax.train.writer import read_metrics
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+FEATURES = "efficientnet_lite0"
+COLOUR = {"mask_code.name": "colour", "mask_code.pixel": 0.1}
+ROWS: dict[str, dict[str, Any]] = {
+    "semflow_plus": {},
+    "mask code: grid colours": COLOUR | {"mask_code.palette": "grid"},
+    "mask code: spread colours": COLOUR,
+    "mask code: balanced spread colours": COLOUR | {"mask_code.balance": "minmax"},
+    "noise channels: none": {"mask_code.learned.noise_channels": 0},
+    "noise channels: 8": {"mask_code.learned.noise_channels": 8},
+    "noise channels: 24": {"mask_code.learned.noise_channels": 24},
+    "objective: SymmFlow": {"objective": "symmflow", "mask_code.learned.noise_channels": 0},
+    "times: logit-normal": {"loss.time_sampling": "logit_normal"},
+    "times: mode": {"loss.time_sampling": "mode"},
+    "times: u-shaped": {"loss.time_sampling": "u_shaped"},
+    "loss: pseudo-Huber": {"loss.kind": "huber"},
+    "loss: void pixels too": {"loss.mask_void": False},
+    "average of weights: none": {"optim.ema": 0.0},
+    "average of weights: longer": {"optim.ema": 0.999},
+    "perturbation: 1": {"mask_code.pixel": 1.0},
+    "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
+    "network: without skip": {"model.skip": False},
+}
+SEGMENTATION, SYNTHESIS = (1, 25), (1, 4, 25)  # Euler steps
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="camvid", help="of configs/: camvid, ccp_fashion")
+    parser.add_argument("--rows", type=words(tuple(ROWS)), default=list(ROWS), metavar="ROW,ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N")
+    parser.add_argument("--seconds", type=float, default=120, help="of training")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all rows")
+    parser.add_argument("--warmup", type=int, default=12, help="steps by which the speed is measured")
+    parser.add_argument("--limit", type=int, default=64, help="test images")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace, row: str, seed: int, num_steps: int) -> ConfigDict:
+    """The config of a run, evaluated by this program alone."""
+    c = load_config(REPO / f"configs/semflow_plus.py:{args.data}").unlock()
+    whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), num_steps)
+    fixed = {"seed": seed, "log_every": min(25, num_steps), "eval.limit": 2, "eval.num_samples": 2}
+    c.update_from_flattened_dict(ROWS[row] | whole | fixed | dict(text.split("=", 1) for text in args.set))
+    return c.lock()
+
+
+def train(c: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, Any, dict[str, Any]]:
+    """A run that is not kept: the setup, its averaged parameters, and how long it took."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    setup = make_setup(c, workdir)
+    state = loop.train(setup, workdir)
+    rows = read_metrics(workdir)
+    found = loop.summarize(rows) | {"code_seconds": setup.code_seconds}
+    return setup, state["ema"], found
+
+
+def run(args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains for `args.seconds` and evaluates."""
+    _, _, warm = train(make_config(args, row, seed, args.warmup), workdir)
+    c = make_config(args, row, seed, args.warmup)
+    left = args.seconds - warm["code_seconds"]
+    num_steps = max(args.warmup, round(left * warm["images_per_second"] / c.batch_size))
+    setup, params, found = train(make_config(args, row, seed, num_steps), workdir)
+    judges = Judges([load_features(FEATURES, weights(f"{FEATURES}/{FEATURES}_fp32.safetensors"))], None, setup.mesh)
+    inputs = params, setup.sampler.frozen, setup.final_split, args.limit
+    figures: dict[str, float] = {}
+    for steps in SEGMENTATION:
+        seen = setup.evaluator.segmentation(*inputs, setting=Setting("euler", steps))
+        figures |= {f"miou_{steps}": seen["miou"], f"calibration_{steps}": seen["calibration_error"]}
+        figures["ceiling"] = seen["codec_ceiling_miou"]
+    for steps in SYNTHESIS:
+        made = setup.evaluator.synthesis(*inputs, setting=Setting("euler", steps), judge=judges.look)
+        figures[f"frechet_{steps}"] = judges.figures(made["judged"])["distances"][FEATURES]["frechet"]
+        figures |= {f"resegmentation_{steps}": made["resegmentation_miou"], f"diversity_{steps}": made["diversity"]}
+    return {"row": row, "seed": seed, "seconds": args.seconds, "limit": args.limit, "set": args.set} | found | figures
+
+
+def weights(name: str) -> pathlib.Path:
+    return pathlib.Path(os.environ["SEMFLOW_SHARED"], "weights", name)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds of each row."""
+    columns = {
+        "mIoU, 1 step": "miou_1",
+        "25 steps": "miou_25",
+        "ceiling": "ceiling",
+        "calibration error": "calibration_1",
+        "Fréchet, 1 step": "frechet_1",
+        "4 steps": "frechet_4",
+        "25 steps ": "frechet_25",
+        "re-segmented": "resegmentation_25",
+        "diversity": "diversity_25",
+        "steps of training": "steps",
+    }
+    text = [f"| | {' | '.join(columns)} | runs |", "|---" * (len(columns) + 2) + "|"]
+    for row in ROWS:
+        found = [line for line in lines if line["row"] == row]
+        if found:
+            cells = [mean_and_spread([line[key] for line in found]) for key in columns.values()]
+            text.append(f"| {row} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    args = parse()
+    parallel.keep_compilations()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.data}.jsonl"
+    for seed in [int(text) for text in args.seeds.split(",") if text]:
+        for row in args.rows:
+            key = {"row": row, "seed": seed, "seconds": args.seconds, "limit": args.limit, "set": args.set}
+            if any(key.items() <= line.items() for line in read(path)):
+                continue
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+                found = run(args, row, seed, args.out / f"{args.data}-{os.getpid()}")
+            with path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(row, seed, {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}, flush=True)
+            jax.clear_caches()
+    print(table(read(path)))
+
+
+if __name__ == "__main__":
+    main()
