@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     c.data.num_train = config_dict.placeholder(int)  # None: all there are
     c.data.num_val = config_dict.placeholder(int)
     c.data.seed = 0
+    c.data.balance = 0.0  # exponent by which examples with rare classes come more often, at most 1; 0: all alike
     c.data.flip = 0.5  # probability
     c.data.crop_scale = config_dict.placeholder(tuple)  # (smallest, largest) share of the area; None: no cropping
     c.data.crop_ratio = 1.0  # how much wider or narrower than `size` a crop may be

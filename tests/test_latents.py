@@ -13,6 +13,7 @@ from test_setup import make_config
 
 from semflow_jax import latents
 from semflow_jax.codec import make_kl_codec, make_patch_codec, sample
+from semflow_jax.data.balance import find_classes
 from semflow_jax.data.inspect import inspect
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.prepare import prepare
@@ -122,6 +123,15 @@ def test_flips_choose_the_mirror_image_and_its_label(data_dir):
                 np.testing.assert_array_equal(label, swapped if side else expected)
                 sides.append(side)
     assert 0.25 < np.mean(sides) < 0.75
+
+
+def test_their_examples_have_the_same_classes(data_dir):
+    place = ensure_latents(data_dir, make_codec("patch"), progress=False)
+    classes = find_classes(place, "train", progress=False)
+    assert len(classes) == len(open_records(data_dir, "train")) and any(classes)
+    assert classes == find_classes(data_dir, "train", progress=False)
+    ours, theirs = (make_train_iterator(folder, 4, balance=0.5).ids(0, 9) for folder in (place, data_dir))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("options", [{"crop_scale": (0.5, 1.0)}, {"jitter": 0.2}])

@@ -14,8 +14,10 @@ import grain
 import numpy as np
 from absl import flags
 from grain.sources import RandomAccessDataSource
+from jaxtyping import Float
 
 from semflow_jax.data import transforms
+from semflow_jax.data.balance import Balanced, example_weights, find_classes
 from semflow_jax.data.info import VOID, DataInfo
 from semflow_jax.data.records import Records, load_info, open_healthy, open_records, spread_indices, too_many
 from semflow_jax.errors import UserError
@@ -123,6 +125,7 @@ def make_train_iterator(
     batch_size: int,
     *,
     seed: int = 0,
+    balance: float = 0.0,
     flip: float = 0.5,
     crop_scale: tuple[float, float] | None = None,
     crop_ratio: float = 1.0,
@@ -139,6 +142,7 @@ def make_train_iterator(
         data_dir: a prepared folder.
         batch_size: examples per batch and process.
         seed: of the order and the augmentations, 0 <= seed < 2**32.
+        balance: how much more often examples with rare classes come, in [0, 1], see `balance.py`; 0: all alike.
         flip: probability of a mirror image.
         crop_scale: share of the area that a random crop keeps, (smallest, largest); None leaves cropping out.
         crop_ratio: how much wider or narrower than the image a crop may be, at least 1.
@@ -153,6 +157,8 @@ def make_train_iterator(
     _check_processes(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: must be at least 0 and below 2**32, got {seed}; choose another")
+    if not 0 <= balance <= 1:
+        raise UserError(f"balance: must be an exponent in [0, 1], got {balance}; 0.5 is usual")
     if not 0 <= flip <= 1:
         raise UserError(f"flip: must be a probability in [0, 1], got {flip}; 0.5 is usual")
     if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
@@ -163,8 +169,9 @@ def make_train_iterator(
         raise UserError(f"jitter: must be a strength in [0, 1], got {jitter}; 0.2 is usual")
     records = open_healthy(data_dir, split, max_corrupt)
     augmentations = make_augmentations(load_info(data_dir), flip, crop_scale, crop_ratio, jitter)
+    weights = example_weights(find_classes(data_dir, split, process_index == 0), balance) if balance else None
     return TrainBatches(
-        make_stream(records, seed, augmentations),
+        make_stream(records, seed, augmentations, weights),
         batch_size,
         num_workers=num_workers,
         process_index=process_index,
@@ -174,13 +181,21 @@ def make_train_iterator(
 
 
 def make_stream(
-    records: RandomAccessDataSource, seed: int, augmentations: Sequence[grain.transforms.RandomMap] = ()
+    records: RandomAccessDataSource,
+    seed: int,
+    augmentations: Sequence[grain.transforms.RandomMap] = (),
+    weights: Float[np.ndarray, " n"] | None = None,
 ) -> grain.MapDataset:
     """All epochs of some records, one after another, each in an order of its own.
 
     An example, its augmentations included, depends on its position and the seed only.
+
+    Args: weights: how often the records come, see `balance.py`; None: once an epoch.
     """
-    stream = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(records)
+    if weights is not None:
+        stream = Balanced(stream, weights, seed)
+    stream = stream.seed(seed).shuffle().repeat()
     for augmentation in augmentations:
         stream = stream.random_map(augmentation)
     return stream

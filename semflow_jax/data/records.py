@@ -66,6 +66,14 @@ class Records:
             ) from error
         return arrays | {"id": name}
 
+    def classes(self, index: int) -> list[int]:
+        """Ids of the classes in an example, none of a corrupt one; its image is not decoded."""
+        try:
+            label = decode_label(self._source[index]["label"])
+        except Exception:  # of many kinds, see above, where it is told of
+            return []
+        return np.flatnonzero(np.bincount(label.ravel(), minlength=256)[: self._info.num_classes]).tolist()
+
     def _check(self, arrays: dict[str, np.ndarray]) -> None:
         size, num_classes, label = self._info.size, self._info.num_classes, arrays["label"]
         shape = arrays["image"].shape[:2] if "image" in arrays else size

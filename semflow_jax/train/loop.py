@@ -166,6 +166,7 @@ def make_batches(s: Setup) -> TrainBatches:
         s.train_dir,
         parallel.local_batch_size(c.batch_size, s.mesh),
         seed=c.seed,
+        balance=c.data.balance,
         flip=c.data.flip,
         crop_scale=c.data.crop_scale,
         crop_ratio=c.data.crop_ratio,
