@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "average of weights: longer": {"optim.ema": 0.999},
     "perturbation: 1": {"mask_code.pixel": 1.0},
     "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
+    "sampling: class-balanced": {"data.balance": 0.5},
     "network: without skip": {"model.skip": False},
 }
 SEGMENTATION, SYNTHESIS = (1, 25), (1, 4, 25)  # Euler steps
