@@ -98,18 +98,8 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     sampler = Sampler(make_velocity_fn(unet), codec, code, start.context)
     evaluator = Evaluator(sampler, data_dir, info, mesh, c)
     model = make_config(c, unet, codec, code, info)
-    return Setup(
-        c,
-        data_dir,
-        _train_dir(c, data_dir, start, sampler),
-        info,
-        final_split(splits),
-        mesh,
-        start,
-        sampler,
-        evaluator,
-        model,
-    )
+    train_dir = _train_dir(c, data_dir, start, sampler)
+    return Setup(c, data_dir, train_dir, info, final_split(splits), mesh, start, sampler, evaluator, model)
 
 
 def _train_dir(c: ConfigDict, data_dir: str, start: Start, sampler: Sampler) -> str:
