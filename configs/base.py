@@ -84,6 +84,11 @@ def get_config() -> ConfigDict:
     c.loss.shortcut_every = 0  # each so many-th example of a batch learns jumps; 0: none
     c.loss.mask_void = True  # leave void pixels out of the loss
 
+    c.reflow = ConfigDict()  # a rectified flow again (Liu et al. 2022), on pairs of the flow in `init`; see reflow.py
+    c.reflow.share = 0.0  # of the examples whose z_0 is that flow's own, of their mask, in place of the image's
+    c.reflow.steps = 25  # Euler's, from mask to z_0
+    c.reflow.draws = 1  # perturbations, and so own z_0, of each mask
+
     c.optim = ConfigDict()
     c.optim.lr = 1e-3
     c.optim.schedule = "cosine"  # constant | linear | cosine, after the warm-up

@@ -4,19 +4,20 @@
 
 Kept are mean and, where the codec is a distribution, std, in float16; eps is drawn by the training step, so that every
 epoch samples anew, as with pixels. A crop or another colour would be another image: training from latents only flips.
-Masks are class ids here too, for their perturbation is drawn anew as well.
+Masks are class ids here too, for their perturbation is drawn anew as well. `keep` is the machinery: `reflow.py` keeps
+more with it.
 """
 
 import functools
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from semflow_jax import parallel
 from semflow_jax.codec import Codec
@@ -33,11 +34,33 @@ EXAMPLES_PER_SHARD = 512
 BATCH_SIZE = 16
 SPLIT = "train"  # the others are evaluated from their pixels
 
+Encode = Callable[[dict[str, np.ndarray]], dict[str, Array]]
+
 
 def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
     """The latents of a prepared folder's training images, made where they are missing; where they are.
 
-    They are kept inside of `data_dir`, under a digest of the codec's weights. A stopped call goes on with the next one.
+    They are kept inside of `data_dir`, under a digest of the codec's weights.
+
+    Raises:
+        UserError: images whose sizes differ, or that the codec can't encode.
+    """
+    codec.latent_shape(load_info(data_dir).size)
+    digest = parallel.digest(codec.params)
+    encode = jax.jit(lambda params, batch: image_moments(codec, params, batch["image"]))
+    name = f"latents-{codec.config['name']}-{digest[:12]}"
+    return keep(data_dir, name, f"{codec.name} {digest}", functools.partial(encode, codec.params), progress)
+
+
+def keep(data_dir: str, name: str, key: str, encode: Encode, progress: bool) -> str:
+    """The folder `name` inside of a prepared one: what `encode` finds of every training example; made where missing.
+
+    It appears when it is whole. A stopped call goes on with the next one; other processes wait for it.
+
+    Args:
+        key: what the folder depends on besides the data.
+        encode: {"image" [b h w 3], "label" [b h w 1], "place" int32 [b] in the split} -> the arrays [b 2 ...] to keep,
+            of `info.KEPT`: of each example, and of its mirror image.
 
     Raises:
         UserError: images of different sizes, which batches can't hold.
@@ -45,8 +68,7 @@ def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
     info = load_info(data_dir)
     if info.fit == "cover":
         raise UserError(f"{data_dir}: images of one size expected for latents, found fit cover; prepare it with crop")
-    key = f"{codec.name} {parallel.digest(codec.params)}"
-    out_dir = pathlib.Path(data_dir, f"latents-{codec.config['name']}-{parallel.digest(codec.params)[:12]}")
+    out_dir = pathlib.Path(data_dir, name)
     if out_dir.is_dir():
         return str(out_dir)
     partial = out_dir.with_name(f"{out_dir.name}.partial")
@@ -54,14 +76,12 @@ def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
         if out_dir.is_dir():  # made by another process, while this one waited
             return str(out_dir)
         records = open_records(data_dir, SPLIT)
-        encode = jax.jit(functools.partial(_encode, codec))
-        mean, std = jax.eval_shape(encode, codec.params, np.zeros((BATCH_SIZE, *info.size, 3), np.uint8))
-        latent = {"codec": codec.name, "shape": list(mean.shape[2:]), "std": std is not None}
+        found = jax.eval_shape(encode, _batch([records[0]], [0])).items()
+        latent = {field: {"dtype": x.dtype.name, "shape": list(x.shape[1:])} for field, x in found}
         info = info.replace(latent=latent, pixels={}, skipped=0)
 
         def write(items: Sequence[Item], path: pathlib.Path) -> dict[str, Any]:
-            indices = [item.detail for item in items]
-            return write_shard(path, info, _examples(records, indices, encode, codec.params))
+            return write_shard(path, info, _examples(records, [item.detail for item in items], encode))
 
         items = [Item(str(i), detail=i) for i in range(len(records))]
         with Chunks(partial, 1, progress) as chunks:
@@ -75,25 +95,30 @@ def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
     return str(out_dir)
 
 
-def _encode(
-    codec: Codec, params: Params, image: UInt8[Array, "b h w 3"]
-) -> tuple[Float[Array, "b 2 hz wz c"], Float[Array, "b 2 hz wz c"] | None]:
-    """Moments of images and of their mirror images."""
-    both = jnp.stack([image, image[:, :, ::-1]], axis=1).reshape(-1, *image.shape[1:])
-    mean, std = codec.moments(params, to_float(both))
-
-    def stored(x: Float[Array, "n hz wz c"]) -> Float[Array, "b 2 hz wz c"]:
-        return x.reshape(-1, 2, *x.shape[1:]).astype(jnp.float16)
-
-    return stored(mean), None if std is None else stored(std)
+def image_moments(codec: Codec, params: Params, image: UInt8[Array, "b h w 3"]) -> dict[str, Array]:
+    """What is kept of images and of their mirror images, float16 [b 2 hz wz c]."""
+    mean, std = codec.moments(params, to_float(with_mirror(image, image[:, :, ::-1])))
+    moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
+    return {name: x.reshape(-1, 2, *x.shape[1:]).astype(jnp.float16) for name, x in moments.items()}
 
 
-def _examples(records: Records, indices: list[int], encode: Any, params: Params) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(indices), BATCH_SIZE):
-        chosen = [records[i] for i in indices[start : start + BATCH_SIZE]]
-        images = [example["image"] for example in chosen]
-        batch = np.stack(images + [images[-1]] * (BATCH_SIZE - len(images)))  # one shape, one compilation
-        mean, std = jax.device_get(encode(params, batch))
-        for i, example in enumerate(chosen):
-            moments = {"mean": mean[i]} if std is None else {"mean": mean[i], "std": std[i]}
-            yield moments | {"label": encode_label(example["label"][..., 0]), "id": example["id"]}
+def with_mirror(x: Array, mirrored: Array) -> Array:
+    """Two arrays [b ...] -> [2b ...]: each example, followed by its mirror image."""
+    return jnp.stack([x, mirrored], axis=1).reshape(-1, *x.shape[1:])
+
+
+def _examples(records: Records, places: list[int], encode: Encode) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(places), BATCH_SIZE):
+        chosen = places[start : start + BATCH_SIZE]
+        examples = [records[i] for i in chosen]
+        arrays = jax.device_get(encode(_batch(examples, chosen)))
+        for i, example in enumerate(examples):
+            kept = {name: x[i] for name, x in arrays.items()}
+            yield kept | {"label": encode_label(example["label"][..., 0]), "id": example["id"]}
+
+
+def _batch(examples: list[dict[str, Any]], places: list[int]) -> dict[str, np.ndarray]:
+    """Up to BATCH_SIZE examples, and the last of them until there are as many: one shape, one compilation."""
+    padded = [*range(len(examples)), *[-1] * (BATCH_SIZE - len(examples))]
+    pictures = {name: np.stack([examples[i][name] for i in padded]) for name in ("image", "label")}
+    return pictures | {"place": np.array([places[i] for i in padded], np.int32)}

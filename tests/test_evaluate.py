@@ -104,7 +104,7 @@ def make_evaluator(data_dir, info, field, **changes) -> Evaluator:
     settings = {"batch_size": 3, "num_samples": 2, "gallery": 2} | changes
     c = ConfigDict({"seed": 0, "sampling": {"solver": "euler", "steps": 2}, "eval": settings})
     code = make_colour_code(CODEC, COLOURS, 0.1, 0.0)
-    sampler = Sampler(lambda params, zt, t, context: field(params, zt, t), CODEC, code)
+    sampler = Sampler(lambda params, zt, t, context, d: field(params, zt, t), CODEC, code)
     return Evaluator(sampler, str(data_dir), info, parallel.make_mesh(), c)
 
 

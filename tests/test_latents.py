@@ -33,10 +33,15 @@ SIZE, NUM = (16, 24), 20
 
 @pytest.fixture
 def data_dir(tmp_path):
-    root = make_folder(tmp_path / "toys", NUM, size=SIZE)
+    return make_data(tmp_path)
+
+
+def make_data(folder):
+    """Classes that have a side."""
+    root = make_folder(folder / "toys", NUM, size=SIZE)
     (root / "classes.json").write_text('["sky", "left_eye", "right_eye"]')
-    prepare("folder", tmp_path / "data", source=root, size=SIZE, progress=False)
-    return str(tmp_path / "data")
+    prepare("folder", folder / "data", source=root, size=SIZE, progress=False)
+    return str(folder / "data")
 
 
 @functools.cache

@@ -26,7 +26,7 @@ SIZE = (8, 16)
 
 def make_sampler(field) -> Sampler:
     code = make_colour_code(CODEC, COLOURS, 0.1, 0.0)
-    return Sampler(lambda params, zt, t, context: field(zt), CODEC, code)
+    return Sampler(lambda params, zt, t, context, d: field(zt), CODEC, code)
 
 
 STILL = make_sampler(jnp.zeros_like)  # an image that is its own pseudo-mask is segmented right

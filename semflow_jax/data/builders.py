@@ -140,9 +140,10 @@ def make_features(info: DataInfo) -> tfds.features.FeaturesDict:
     if info.latent is None:
         image = {"image": tfds.features.Image(shape=(height, width, 3))}
     else:
-        moments = ("mean", "std") if info.latent["std"] else ("mean",)
-        shape = (2, *info.latent["shape"])  # of the image and of its mirror image
-        image = {name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes") for name in moments}
+        image = {
+            name: tfds.features.Tensor(shape=tuple(x["shape"]), dtype=np.dtype(x["dtype"]), encoding="bytes")
+            for name, x in info.latent.items()
+        }
     return tfds.features.FeaturesDict(
         image
         | {

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 VOID = 255  # label of pixels that belong to no class: ignored by losses and metrics
+KEPT = ("mean", "std", "own", "draw")  # what latents are kept as, of an image and of its mirror image
 
 
 def cache_dir() -> pathlib.Path:
@@ -26,7 +27,7 @@ class DataInfo:
         license: licence of the images and labels, one line.
         attribution: whom to credit, one line.
         fit: how the records came to their size, see `examples.fit_pair`; covering, they are larger than `size`.
-        latent: of a cache of latents: codec, shape of a latent, and whether there is a standard deviation; else None.
+        latent: of a cache of latents: type and shape of each array that it keeps, by its name in `KEPT`; else None.
         pixels: of every split, the number of pixels by class id, void's last.
         skipped: how many raw examples were left out, for a file that is not as it should be.
         checksums: sha256 by file name.

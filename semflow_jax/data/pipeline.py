@@ -33,7 +33,8 @@ THREADS_OF_WORKER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 class TrainBatches:
     """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1], "index": int32 [b]} of a stream; read ahead
     in the background. Of a cache of latents they hold "mean", and "std" of codecs that have one, float16 [b hz wz c],
-    for the image. The index is an example's place in the batch of all processes.
+    for the image, and "draw", int32 [b], where a flow's own latents are kept, see `transforms.OwnPair`. The index is an
+    example's place in the batch of all processes.
 
     Process p of n takes every n-th example, from p on: what all of them get at a time are the next examples of the
     stream. Close it, or use it as a context; worker processes end then.
@@ -130,6 +131,7 @@ def make_train_iterator(
     crop_scale: tuple[float, float] | None = None,
     crop_ratio: float = 1.0,
     jitter: float = 0.0,
+    share: float = 0.0,
     max_corrupt: float = 0.0,
     num_workers: int = 0,
     process_index: int = 0,
@@ -147,6 +149,7 @@ def make_train_iterator(
         crop_scale: share of the area that a random crop keeps, (smallest, largest); None leaves cropping out.
         crop_ratio: how much wider or narrower than the image a crop may be, at least 1.
         jitter: strength of random changes of the image's colours, in [0, 1]; 0 leaves them out.
+        share: of a flow's own pairs, where those are kept.
         max_corrupt: share of the split that may be corrupt, in [0, 1], rounded up to one record; such a record is told
             of, and the next takes its place. 0: the first one ends the run.
         num_workers: worker processes; 0 reads with threads, which is enough for small images.
@@ -168,7 +171,7 @@ def make_train_iterator(
     if not 0 <= jitter <= 1:
         raise UserError(f"jitter: must be a strength in [0, 1], got {jitter}; 0.2 is usual")
     records = open_healthy(data_dir, split, max_corrupt)
-    augmentations = make_augmentations(load_info(data_dir), flip, crop_scale, crop_ratio, jitter)
+    augmentations = make_augmentations(load_info(data_dir), flip, crop_scale, crop_ratio, jitter, share)
     weights = example_weights(find_classes(data_dir, split, process_index == 0), balance) if balance else None
     return TrainBatches(
         make_stream(records, seed, augmentations, weights),
@@ -202,7 +205,12 @@ def make_stream(
 
 
 def make_augmentations(
-    info: DataInfo, flip: float, crop_scale: tuple[float, float] | None, crop_ratio: float, jitter: float
+    info: DataInfo,
+    flip: float,
+    crop_scale: tuple[float, float] | None,
+    crop_ratio: float,
+    jitter: float,
+    share: float = 0.0,
 ) -> list[grain.transforms.RandomMap]:
     """What happens to an example, in this order; records that are larger than their data set's size are cut always.
 
@@ -210,10 +218,9 @@ def make_augmentations(
         UserError: crops or colours of latents.
     """
     if info.latent is not None:
-        if crop_scale is not None or jitter:
-            found = f"crop_scale {crop_scale}, jitter {jitter}"
-            raise UserError(f"data.latents: only flips are possible with it, found {found}; leave those out")
-        return [transforms.LatentFlip(flip, info.flip_pairs)]
+        check_only_flips("data.latents", crop_scale, jitter)
+        pairs = [transforms.OwnPair(share)] if "own" in info.latent else []
+        return [transforms.LatentFlip(flip, info.flip_pairs), *pairs]
     if crop_scale is None and info.fit == "cover":
         crop_scale = (1.0, 1.0)
     augmentations: list[grain.transforms.RandomMap] = []
@@ -224,6 +231,13 @@ def make_augmentations(
     if jitter:
         augmentations.append(transforms.ColourJitter(jitter))
     return augmentations
+
+
+def check_only_flips(key: str, crop_scale: tuple[float, float] | None, jitter: float) -> None:
+    """Raises `UserError` for crops or colours, which what `key` keeps of an image doesn't have."""
+    if crop_scale is not None or jitter:
+        found = f"crop_scale {crop_scale}, jitter {jitter}"
+        raise UserError(f"{key}: only flips are possible with it, found {found}; leave those out")
 
 
 def make_eval_batches(

@@ -16,7 +16,7 @@ from grain.sources import RandomAccessDataSource
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from semflow_jax.data.info import DataInfo
+from semflow_jax.data.info import KEPT, DataInfo
 from semflow_jax.errors import UserError
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -32,7 +32,8 @@ class Records:
 
     An example is {"image": uint8 [h w 3], "label": uint8 [h w 1] class ids or void, "id": str}, of the data set's size,
     or at least as large where it was prepared to cover that. In a cache of latents "mean" and perhaps "std" take the
-    place of "image": float16 [2 hz wz c], of the image and of its mirror image. Arrays may be read-only.
+    place of "image": float16 [2 hz wz c], of the image and of its mirror image; where a flow's own latents are kept,
+    "own" are d of each, float16 [2 d hz wz c], and "draw" their numbers, int32 [2 d]. Arrays may be read-only.
 
     Raises:
         CorruptRecord: by index: unreadable, not a whole image and label, of another size, or ids that are no class.
@@ -57,7 +58,7 @@ class Records:
             if self._info.latent is None:
                 arrays["image"] = decode_image(example["image"])
             else:
-                arrays |= {moment: example[moment] for moment in ("mean", "std") if moment in example}
+                arrays |= {kept: example[kept] for kept in KEPT if kept in example}
             self._check(arrays)
         except Exception as error:  # array_record, protobuf, simplejpeg, Pillow and zlib each have their own kinds
             found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -80,7 +81,7 @@ class Records:
         larger = self._info.fit == "cover" and shape[0] >= size[0] and shape[1] >= size[1]
         if shape != label.shape[:2] or not (larger or shape == size):
             raise ValueError(f"image {shape} and label {label.shape[:2]} where {size} are expected")
-        if not all(np.isfinite(arrays[moment]).all() for moment in ("mean", "std") if moment in arrays):
+        if not all(np.isfinite(arrays[kept]).all() for kept in KEPT if kept in arrays):
             raise ValueError("latents that are not finite")
         if (label + np.uint8(1)).max() > num_classes:  # void has become 0
             wrong = sorted(set(np.unique(label).tolist()) - {*range(num_classes), 255})

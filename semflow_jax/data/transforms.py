@@ -13,6 +13,8 @@ import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from semflow_jax.data.info import KEPT
+
 Example = dict[str, Any]
 
 cv2.setNumThreads(0)  # examples already are read in parallel
@@ -45,8 +47,27 @@ class LatentFlip(grain.transforms.RandomMap):
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         mirrored = int(rng.random() < self.p)
         label = mirror_label(element["label"], self.flip_pairs) if mirrored else element["label"]
-        moments = {name: element[name][mirrored] for name in ("mean", "std") if name in element}
-        return element | moments | {"label": label}
+        kept = {name: element[name][mirrored] for name in KEPT if name in element}
+        return element | kept | {"label": label}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPair(grain.transforms.RandomMap):
+    """Takes one of a flow's own latents, see `reflow.py`, for the image's with probability `share`.
+
+    "draw" becomes the latent's number, and -1 where the image keeps its place.
+    """
+
+    share: float
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        own, draw = element["own"], element["draw"]
+        rest = {name: x for name, x in element.items() if name != "own"}
+        if rng.random() >= self.share:
+            return rest | {"draw": np.int32(-1)}
+        k = rng.integers(len(draw))
+        moments = {"mean": own[k]} | ({"std": np.zeros_like(own[k])} if "std" in element else {})
+        return rest | moments | {"draw": draw[k]}
 
 
 @dataclasses.dataclass(frozen=True)

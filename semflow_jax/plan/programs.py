@@ -109,8 +109,10 @@ def make_programs(
     def train() -> Program:
         step = make_train_step(sampler, optimizer, c, mesh)
         batch = examples(c.batch_size)
-        if c.data.latents:
+        if c.data.latents or c.reflow.share:
             kept = _abstract_moments(sampler.codec, batch.pop("image"))
+            if c.reflow.share:
+                kept["draw"] = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32)
             batch |= _place(kept, {name: parallel.batch_sharding(mesh) for name in kept})
         return Program("train", step, (state, frozen, batch, key), (0,), c.batch_size, None)
 

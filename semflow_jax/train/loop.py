@@ -171,6 +171,7 @@ def make_batches(s: Setup) -> TrainBatches:
         crop_scale=c.data.crop_scale,
         crop_ratio=c.data.crop_ratio,
         jitter=c.data.jitter,
+        share=c.reflow.share,
         max_corrupt=c.data.max_corrupt,
         num_workers=c.data.num_workers,
         process_index=part,

@@ -10,8 +10,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import coupling, flow, learned_code, mask_code, parallel, solve
+from semflow_jax import coupling, flow, learned_code, mask_code, parallel, reflow, solve
 from semflow_jax.data.info import DataInfo
+from semflow_jax.data.pipeline import check_only_flips
 from semflow_jax.data.prepare import ensure
 from semflow_jax.data.records import count_records, final_split, load_info
 from semflow_jax.errors import UserError
@@ -48,7 +49,7 @@ class Setup:
 
     config: ConfigDict
     data_dir: str
-    train_dir: str  # what training reads: the same, or its latents
+    train_dir: str  # what training reads: the same, its latents, or pairs of `reflow.py`
     info: DataInfo
     final_split: str  # of the figures at the end
     mesh: Mesh
@@ -71,6 +72,8 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     check_mesh(c, mesh)
     begun = (workdir / "config.json").exists()
     start = resume_start(workdir / EXPORT, c) if begun else find_start(c)
+    if c.reflow.share and (start.drawn or start.code is None):
+        raise UserError(f"init: reflow.share needs a trained flow to learn from, got {c.init!r}; name one there")
     codec, unet = start.codec, start.unet
     if c.data.dir is None and len(c.data.size) == 2:  # else `ensure` has the better word
         codec.latent_shape(tuple(c.data.size), unet.factor)
@@ -92,10 +95,16 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
     sampler = Sampler(make_velocity_fn(unet), codec, code, start.context)
     evaluator = Evaluator(sampler, data_dir, info, mesh, c)
     model = make_config(c, unet, codec, code, info)
-    train_dir = ensure_latents(data_dir, codec) if c.data.latents else data_dir
+    train_dir = _train_dir(c, data_dir, start, sampler)
     return Setup(
         c, data_dir, train_dir, info, final_split(splits), mesh, start, sampler, evaluator, model, code_seconds
     )
+
+
+def _train_dir(c: ConfigDict, data_dir: str, start: Start, sampler: Sampler) -> str:
+    if c.reflow.share:
+        return reflow.ensure_pairs(data_dir, sampler, start.unet, start.make_params(), c.reflow)
+    return ensure_latents(data_dir, sampler.codec) if c.data.latents else data_dir
 
 
 def begin(s: Setup, workdir: pathlib.Path) -> None:
@@ -166,6 +175,12 @@ def check_values(c: ConfigDict) -> None:
     mask_code.check(c.mask_code)
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
+    reflow.check(c.reflow)
+    if c.reflow.share and c.objective != "semflow":
+        raise UserError(f"reflow.share: 0 with objective {c.objective!r}, got {c.reflow.share}; change one of them")
+    for key, needed in (("data.latents", c.data.latents), ("reflow.share", c.reflow.share)):
+        if needed:
+            check_only_flips(key, c.data.crop_scale, c.data.jitter)
 
 
 def check_mesh(c: ConfigDict, mesh: Mesh) -> None:

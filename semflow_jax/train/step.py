@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from semflow_jax import coupling, flow, noise, parallel, shortcut
+from semflow_jax import coupling, flow, noise, parallel, reflow, shortcut
 from semflow_jax.data.info import VOID
 from semflow_jax.models.build import Params
 from semflow_jax.sampling import Frozen, Sampler
@@ -46,6 +46,8 @@ def make_train_step(
     def loss_fn(params: Params, frozen: Frozen, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         key_encode, key_perturb, key_time = noise.split(batch["key"], 3)
         every = c.loss.shortcut_every
+        if "draw" in batch:  # the flow's own z_0 come with the perturbation that they were made from
+            key_perturb = reflow.keys_of_pairs(batch["draw"], key_perturb)
         z0 = sampler.image_latent(frozen, batch, key_encode)
         z1 = sampler.encode_mask(frozen, batch["label"], key_perturb)
         t = flow.sample_time(key_time, z0.shape[0], c.loss.time_sampling)
