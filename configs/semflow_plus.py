@@ -11,7 +11,6 @@ def get_config(data: str = "camvid"):
     c = importlib.import_module(f"configs.{data}").get_config()
     with c.unlocked():
         c.batch_size = 16
-        c.cpu_devices = 1
         c.data.latents = True  # the image encoder takes longer than a step of the network
         c.mask_code.name = "learned"
         c.mask_code.learned.noise_channels = 16

@@ -68,7 +68,7 @@ class Race:
         self.args = args
         self.config = REPO / "configs" / f"{args.data}.py"
         self.ours_config = str(REPO / args.ours.format(data=args.data))
-        self.out = args.out / args.data
+        self.out = args.out.resolve() / args.data
         self.latents = self.out / "latents"
         self.weights = pathlib.Path(os.environ["SEMFLOW_SHARED"], "weights").resolve()
 
@@ -128,8 +128,9 @@ class Race:
             if (folder / "config.json").is_file():  # it was stopped, and goes on
                 num_steps = self.config_of(folder)["num_steps"]
             whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), num_steps)
+            own = {"seed": seed, "cpu_devices": len(cores)}
             few = {"log_every": min(25, num_steps), "eval.limit": 2, "eval.limit_final": 2}
-            options = [f"--config.{key}={value}" for key, value in (whole | few | {"seed": seed}).items()]
+            options = [f"--config.{key}={value}" for key, value in (whole | few | own).items()]
             options += [f"--config.{text}" for text in self.args.set]
             self.call(cores, "main.py", f"--config={self.ours_config}", f"--workdir={folder}", *options)
         report = json.loads((folder / "report.json").read_text())
