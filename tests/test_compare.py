@@ -190,6 +190,18 @@ def test_plots(base, tmp_path, figures):
     assert figures["miou.png"].get_suptitle() == ""
 
 
+def test_plots_against_seconds_where_they_were_measured(base, tmp_path, figures):
+    timed = write(
+        tmp_path / "timed", ("segmentation.0.seconds_per_image", 0.25), ("segmentation.1.seconds_per_image", 2.0)
+    )
+    compare.compare([base, timed], tmp_path / "out")
+    assert "frechet_inception_fid_seconds.png" not in figures
+    axes = figures["miou_seconds.png"].axes[0]
+    assert axes.get_xlabel() == "seconds per image"
+    (line,) = (line for line in axes.lines if line.get_label() == "B: timed")
+    assert line.get_xydata().tolist() == [[0.25, 0.7], [2.0, 0.9]]
+
+
 def test_plots_tell_solvers_apart_and_that_protocols_differ(base, tmp_path, figures):
     other = write(tmp_path / "other", ("segmentation.1.solver", "heun"), ("protocol.num_images", 1))
     compare.compare([base, other], tmp_path / "out")

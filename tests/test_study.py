@@ -43,7 +43,15 @@ def evaluate(saved, data, tmp_path):
 
 
 def test_rows_and_protocol(evaluate, data, tmp_path, capsys):
-    found = evaluate("--steps", "1", "--mirror")
+    found = evaluate("--steps", "1", "--mirror", "--time")
+    assert [
+        row.get("seconds_per_image", 0) > 0 for row in found["segmentation"] + found["synthesis"] + found["flow"]
+    ] == [
+        True,
+        False,  # of averaged views
+        True,
+        False,
+    ]
     heads = [(row["solver"], row["steps"], row["views"]) for row in found["segmentation"]]
     assert heads == [("euler", 1, ["1"]), ("euler", 1, ["1", "1 mirrored"])]
     assert [row["steps"] for row in found["synthesis"]] == [row["steps"] for row in found["flow"]] == [1]

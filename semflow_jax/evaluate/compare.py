@@ -4,6 +4,7 @@ Rows are joined by solver, steps and views. Figures by class are left to the res
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import string
@@ -19,6 +20,7 @@ from semflow_jax.evaluate.output import flatten
 SECTIONS = ("segmentation", "synthesis", "flow")
 # Keys of a protocol that say which model was evaluated, where and when; what is under them may differ.
 HARMLESS = ("command", "date", "machine", "model")
+SECONDS = "seconds_per_image"  # the key of a row, where it was measured
 FID_NETWORK = "inception_fid"  # the one network whose Fréchet distance is known as FID
 
 
@@ -65,7 +67,8 @@ def compare(paths: Sequence[pathlib.Path], out: pathlib.Path | None) -> str:
 
     Args:
         paths: files of `semflow evaluate`, two or more.
-        out: folder for `miou.png` and one `frechet_NETWORK.png` for every network; None draws nothing.
+        out: folder for `miou.png` and one `frechet_NETWORK.png` for every network, and the same against seconds where
+            they were measured; None draws nothing.
 
     Raises:
         UserError: a file is missing, is no JSON, or no result.
@@ -170,7 +173,7 @@ def _gap(value: float | None, base: float | None) -> str:
 
 
 def _plots(runs: Sequence[Run], out: pathlib.Path, differ: bool) -> Iterator[pathlib.Path]:
-    """Draws, against the number of steps, what there are figures of."""
+    """Draws what there are figures of, against the number of steps and against seconds."""
     out.mkdir(parents=True, exist_ok=True)
     warning = "The runs' protocols differ: not comparable." if differ else ""
     plots = {("segmentation", "miou"): ("miou", "mIoU")}
@@ -180,29 +183,34 @@ def _plots(runs: Sequence[Run], out: pathlib.Path, differ: bool) -> Iterator[pat
         if section == "distances" and metric == "frechet":  # of one sample per mask, not of all
             kind = "FID" if network == FID_NETWORK else "Fréchet distance"
             plots["synthesis", name] = (f"frechet_{network}", f"{kind} (features of {network})")
-    for (section, name), (stem, title) in plots.items():
-        figure = _draw(runs, section, name, title, warning)
+    for ((section, name), (stem, title)), timed in itertools.product(plots.items(), (False, True)):
+        figure = _draw(runs, section, name, title, warning, timed)
         if figure is not None:
-            figure.savefig(out / f"{stem}.png", dpi=150, metadata={"Software": None})
-            yield out / f"{stem}.png"
+            path = out / f"{stem}{'_seconds' if timed else ''}.png"
+            figure.savefig(path, dpi=150, metadata={"Software": None})
+            yield path
 
 
-def _draw(runs: Sequence[Run], section: str, name: str, title: str, warning: str) -> Figure | None:
-    """A line for each run, or for each solver and views of it where there are several; colours are the runs'."""
+def _draw(runs: Sequence[Run], section: str, name: str, title: str, warning: str, timed: bool) -> Figure | None:
+    """A line for each run, or for each solver and views of it where there are several; colours are the runs'.
+
+    Args: timed: against seconds, not against steps.
+    """
     kinds = list(dict.fromkeys((key.solver, key.views) for run in runs for key in run.figures[section]))
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    ticks: set[int] = set()
+    ticks: set[float] = set()
     for i, run in enumerate(runs):
         rows = run.figures[section]
         for kind in kinds:
-            line = sorted((k.steps, row[name]) for k, row in rows.items() if k[::2] == kind and k.steps and name in row)
+            places = [(row.get(SECONDS) if timed else k.steps, row) for k, row in rows.items() if k[::2] == kind]
+            line = sorted((x, row[name]) for x, row in places if x and name in row)
             if line:
                 label = run.name if len(kinds) == 1 else f"{run.name}, {Key(kind[0], None, kind[1])}"
                 axes.plot(
                     *zip(*line, strict=True), color=f"C{i}", marker="osD^vPX*"[kinds.index(kind) % 8], label=label
                 )
-                ticks.update(steps for steps, _ in line)
+                ticks.update(x for x, _ in line)
         for ceiling in {row[f"ceiling.{name}"] for row in rows.values() if f"ceiling.{name}" in row}:
             dashes = (3 * i, (3, 3 * (len(runs) - 1)))  # equal ceilings show all their runs' colours
             label = f"{run.letter}: codec's ceiling"
@@ -210,10 +218,11 @@ def _draw(runs: Sequence[Run], section: str, name: str, title: str, warning: str
     if not ticks:
         return None
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    if not timed:
+        axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("steps")
+    axes.set_xlabel("seconds per image" if timed else "steps")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, handlelength=4)

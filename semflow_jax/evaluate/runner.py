@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ from semflow_jax.sampling import Frozen, Sampler
 
 NUM_FRAMES = 6  # of the ODE's path in the gallery
 NUM_PATHS = 3
+NUM_TIMINGS = 3
 FINE = 10  # steps that it takes to see how a path bends: one step is always straight
 # (real images, samples [s b h w 3], which of them are no padding, this process's ids) -> what is kept of every example
 Judge = Callable[[jax.Array, jax.Array, np.ndarray, list[str]], Counts]
@@ -73,6 +76,10 @@ class Evaluator:
         self.synthesize_fn = jit(self._synthesize, static_argnames="setting")
         self.geometry_fn = jit(self._geometry, static_argnames="setting")
         self.frames_fn = jit(sampler.frames, static_argnames=("num_frames", "steps"))
+        self.timed_fns = {
+            "segmentation": jit(sampler.segment, static_argnames=("steps", "solver")),
+            "synthesis": jit(sampler.synthesize, static_argnames=("steps", "solver")),
+        }
 
     def count(self, split: str, limit: int | None) -> int:
         """The examples that a figure of a split is of."""
@@ -254,6 +261,22 @@ class Evaluator:
         again = segmentation.scores(counts.pop("matrix"), self.info.class_names)
         found = {name: float(x.mean(dtype=np.float64)) for name, x in counts.items()}
         return found | {"round_trip_mask_miou": again["miou"]}
+
+    def seconds_per_image(self, section: str, params: Params, frozen: Frozen, split: str, setting: Setting) -> float:
+        """Time from pixels to class ids ("segmentation") or back ("synthesis"): the median of a few full batches."""
+        batch, _ = next(self._batches(split, None, None))
+        inputs: tuple[jax.Array, ...]
+        if section == "segmentation":
+            inputs = (resize_image(batch["image"], self.size),)
+        else:
+            inputs = resize_label(batch["label"], self.size), noise.example_keys(jax.random.key(0), batch["index"])
+        seconds = []
+        for _ in range(1 + NUM_TIMINGS):  # the first one compiles
+            start = time.perf_counter()
+            run = self.timed_fns[section](params, frozen, *inputs, steps=setting.steps, solver=setting.solver)
+            jax.block_until_ready(run)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:]) / len(batch["image"])
 
     def gallery(self, params: Params, frozen: Frozen, split: str) -> Gallery:
         """Images from all over a split with their predictions, synthesized samples and paths."""

@@ -38,8 +38,15 @@ from semflow_jax.version import __version__
 log = logging.getLogger(__name__)
 SECTIONS = ("segmentation", "synthesis", "flow")
 SHOWN = {  # of the table that is printed
-    "segmentation": ("miou", "pixel_accuracy", "boundary_miou", "calibration_error", "codec_ceiling_miou"),
-    "synthesis": ("resegmentation_miou", "diversity", "lpips_real", "lpips_diversity"),
+    "segmentation": (
+        "miou",
+        "pixel_accuracy",
+        "boundary_miou",
+        "calibration_error",
+        "codec_ceiling_miou",
+        "seconds_per_image",
+    ),
+    "synthesis": ("resegmentation_miou", "diversity", "lpips_real", "lpips_diversity", "seconds_per_image"),
     "flow": ("relative_straightness", "curvature", "round_trip_image", "round_trip_mask_miou"),
 }
 
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the perturbation")
     parser.add_argument("--pictures", type=pathlib.Path, metavar="DIR", help="write what is synthesized as PNGs")
     parser.add_argument("--predictions", type=pathlib.Path, metavar="DIR", help="what another segmenter makes of them")
+    parser.add_argument("--time", action="store_true", help="measure seconds per image of both directions, too")
     parser.add_argument("--batch-size", type=positive, default=32, help="of all devices together")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("result.json"), help="default: result.json")
 
@@ -217,6 +225,9 @@ class Study:
             self.judges.pictures = pictures
             found = self.evaluator.synthesis(*self.inputs, **options, judge=self.judges.look)
             found |= self.judges.figures(found.pop("judged"))
+        if self.args.time and section in self.evaluator.timed_fns and setting.views == Views():
+            seconds = self.evaluator.seconds_per_image(section, *self.inputs[:3], setting)
+            found["seconds_per_image"] = seconds
         self.result[section] = [*others, plain(head | found)]
         self._write()
 
