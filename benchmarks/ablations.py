@@ -2,11 +2,13 @@
 
 SEMFLOW_SHARED=../shared taskset -c 0 python benchmarks/ablations.py --data camvid --seconds 120 --seeds 0,1,2
 
-Seconds of learning a mask code count, those of compilation do not. Every run is a line of OUT/DATA.jsonl, and runs that
-are in it are not run again; the table of all lines is printed at the end, and at once with `--seeds ''`.
+Seconds of learning a mask code count, those of compilation do not; reflow goes on for as long again with the first
+row's flow, and the seconds of making its pairs don't count. Every run is a line of OUT/DATA.jsonl, and runs that are in
+it are not run again; the table of all lines is printed at the end, and at once with `--seeds ''`.
 """
 
 import argparse
+import ast
 import contextlib
 import json
 import logging
@@ -25,6 +27,7 @@ from semflow_jax.evaluate.features import load_features
 from semflow_jax.evaluate.judges import Judges
 from semflow_jax.evaluate.output import mean_and_spread
 from semflow_jax.evaluate.runner import Setting
+from semflow_jax.pipeline import SemFlow
 from semflow_jax.train import loop
 from semflow_jax.train.setup import Setup, make_setup
 from semflow_jax.train.writer import read_metrics
@@ -32,8 +35,9 @@ from semflow_jax.train.writer import read_metrics
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FEATURES = "efficientnet_lite0"
 COLOUR = {"mask_code.name": "colour", "mask_code.pixel": 0.1}
+FIRST = "semflow_plus"
 ROWS: dict[str, dict[str, Any]] = {
-    "semflow_plus": {},
+    FIRST: {},
     "mask code: grid colours": COLOUR | {"mask_code.palette": "grid"},
     "mask code: spread colours": COLOUR,
     "mask code: balanced spread colours": COLOUR | {"mask_code.balance": "minmax"},
@@ -50,6 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "average of weights: longer": {"optim.ema": 0.999},
     "perturbation: 1": {"mask_code.pixel": 1.0},
     "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
+    "few steps: reflow": {"reflow.share": 0.5, "reflow.steps": 8},
     "sampling: class-balanced": {"data.balance": 0.5},
     "network: without skip": {"model.skip": False},
 }
@@ -69,12 +74,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_config(args: argparse.Namespace, row: str, seed: int, num_steps: int) -> ConfigDict:
+def make_config(args: argparse.Namespace, row: str, seed: int, num_steps: int, init: str = "") -> ConfigDict:
     """The config of a run, evaluated by this program alone."""
     c = load_config(REPO / f"configs/semflow_plus.py:{args.data}").unlock()
     whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), num_steps)
-    fixed = {"seed": seed, "log_every": min(25, num_steps), "eval.limit": 2, "eval.num_samples": 2}
-    c.update_from_flattened_dict(ROWS[row] | whole | fixed | dict(text.split("=", 1) for text in args.set))
+    given = {key: ast.literal_eval(value) for key, value in (text.split("=", 1) for text in args.set)}
+    fixed = {"seed": seed, "init": init, "log_every": min(25, num_steps), "eval.limit": 2, "eval.num_samples": 2}
+    c.update_from_flattened_dict(ROWS[row] | whole | fixed | given)
     return c.lock()
 
 
@@ -88,13 +94,24 @@ def train(c: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, Any, dict[str, A
     return setup, state["ema"], found
 
 
+def train_for(
+    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, init: str = ""
+) -> tuple[Setup, Any, dict[str, Any]]:
+    """A run of `args.seconds`, as many steps as a short run before it foretells."""
+    c = make_config(args, row, seed, args.warmup, init)
+    warm = train(c, workdir)[2]
+    num = round((args.seconds - warm["code_seconds"]) * warm["images_per_second"] / c.batch_size)
+    return train(make_config(args, row, seed, max(args.warmup, num), init), workdir)
+
+
 def run(args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains for `args.seconds` and evaluates."""
-    _, _, warm = train(make_config(args, row, seed, args.warmup), workdir)
-    c = make_config(args, row, seed, args.warmup)
-    left = args.seconds - warm["code_seconds"]
-    num_steps = max(args.warmup, round(left * warm["images_per_second"] / c.batch_size))
-    setup, params, found = train(make_config(args, row, seed, num_steps), workdir)
+    teacher = ""
+    if "reflow.share" in ROWS[row]:
+        setup, params, _ = train_for(args, FIRST, seed, workdir)
+        teacher = str(workdir.with_name(f"{workdir.name}-teacher"))
+        SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code).save_pretrained(teacher)
+    setup, params, found = train_for(args, row, seed, workdir, teacher)
     judges = Judges([load_features(FEATURES, weights(f"{FEATURES}/{FEATURES}_fp32.safetensors"))], None, setup.mesh)
     inputs = params, setup.sampler.frozen, setup.final_split, args.limit
     figures: dict[str, float] = {}
