@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     c.mask_code.whiten = 0.5  # the same for linear
     c.mask_code.balance = "none"  # none (the paper's) | minmax: mask latents get the range of image latents, for colour
     c.mask_code.learned = ConfigDict()  # see learned_code.py; pixel and region are in units of the latents' spread
+    c.mask_code.learned.encoder = "network"  # network | codec: the palette's colours through the image codec
     c.mask_code.learned.width = 64  # channels of its networks on the latent grid
     c.mask_code.learned.pixel_width = 16  # channels of a pixel
     c.mask_code.learned.blocks = 2  # residual blocks of each network on the latent grid

@@ -49,11 +49,15 @@ def couple(objective: str, codec: Codec, code: MaskCode) -> tuple[Codec, MaskCod
         return codec, code
     num = codec.channels
 
-    def encode(params, codec_params, label, key=None):
-        key_noise, key_code = (None, None) if key is None else noise.split(key, 2)
-        z1 = code.encode(params, codec_params, label, key_code)
-        e0 = sample(jnp.zeros(z1.shape), jnp.ones(z1.shape), key_noise)
-        return jnp.concatenate([e0, z1], axis=-1)
+    def beside_noise(z1_fn):
+        def state_fn(*args):
+            *rest, key = args
+            key_noise, key_code = (None, None) if key is None else noise.split(key, 2)
+            z1 = z1_fn(*rest, key_code)
+            e0 = sample(jnp.zeros(z1.shape), jnp.ones(z1.shape), key_noise)
+            return jnp.concatenate([e0, z1], axis=-1)
+
+        return state_fn
 
     wide = dataclasses.replace(
         codec,
@@ -62,7 +66,10 @@ def couple(objective: str, codec: Codec, code: MaskCode) -> tuple[Codec, MaskCod
         decode=lambda params, z: codec.decode(params, z[..., :num]),
     )
     return wide, dataclasses.replace(
-        code, encode=encode, logits=lambda params, codec_params, z: code.logits(params, codec_params, z[..., num:])
+        code,
+        encode=beside_noise(code.encode),
+        finish=code.finish and beside_noise(code.finish),
+        logits=lambda params, codec_params, z: code.logits(params, codec_params, z[..., num:]),
     )
 
 

@@ -4,11 +4,13 @@
 
 Kept are mean and, where the codec is a distribution, std, in float16; eps is drawn by the training step, so that every
 epoch samples anew, as with pixels. A crop or another colour would be another image: training from latents only flips.
-Masks are class ids here too, for their perturbation is drawn anew as well. `keep` is the machinery: `reflow.py` keeps
-more with it.
+Masks are class ids here too, for their perturbation is drawn anew as well; of a mask code that leaves most of its work
+to the codec, the latent before the perturbation is kept beside them. `keep` is the machinery: `reflow.py` keeps more
+with it.
 """
 
 import functools
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,9 @@ from semflow_jax.data.chunks import Chunks, alone
 from semflow_jax.data.examples import encode_label
 from semflow_jax.data.records import Records, load_info, open_records
 from semflow_jax.data.source import Item
+from semflow_jax.data.transforms import mirrored_ids
 from semflow_jax.errors import UserError
+from semflow_jax.mask_code import MaskCode
 from semflow_jax.models.build import Params
 from semflow_jax.sampling import to_float
 
@@ -37,19 +41,34 @@ SPLIT = "train"  # the others are evaluated from their pixels
 Encode = Callable[[dict[str, np.ndarray]], dict[str, Array]]
 
 
-def ensure_latents(data_dir: str, codec: Codec, progress: bool = True) -> str:
+def ensure_latents(data_dir: str, codec: Codec, progress: bool = True, code: MaskCode | None = None) -> str:
     """The latents of a prepared folder's training images, made where they are missing; where they are.
 
-    They are kept inside of `data_dir`, under a digest of the codec's weights.
+    They are kept inside of `data_dir`, under a digest of the codec's weights. Of masks nothing is kept, but for a
+    `code` whose work is mostly the codec's: then what it embeds, before the perturbation.
 
     Raises:
         UserError: images whose sizes differ, or that the codec can't encode.
     """
-    codec.latent_shape(load_info(data_dir).size)
+    info = load_info(data_dir)
+    codec.latent_shape(info.size)
     digest = parallel.digest(codec.params)
-    encode = jax.jit(lambda params, batch: image_moments(codec, params, batch["image"]))
-    name = f"latents-{codec.config['name']}-{digest[:12]}"
-    return keep(data_dir, name, f"{codec.name} {digest}", functools.partial(encode, codec.params), progress)
+    name, key = f"latents-{codec.config['name']}-{digest[:12]}", f"{codec.name} {digest}"
+    embed = None if code is None else code.embed
+    if code is not None and embed is not None:
+        palette = hashlib.sha256(code.colours.tobytes()).hexdigest()
+        name, key = f"{name}-masks-{palette[:12]}", f"{key} {palette}"
+    ids = jnp.asarray(mirrored_ids(256, info.flip_pairs))
+
+    @jax.jit
+    def encode(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
+        found = image_moments(codec, params, batch["image"])
+        if embed is not None:
+            f = embed(params, with_mirror(batch["label"], ids[batch["label"][:, :, ::-1]]))
+            found["mask"] = f.reshape(-1, 2, *f.shape[1:]).astype(jnp.float16)
+        return found
+
+    return keep(data_dir, name, key, functools.partial(encode, codec.params), progress)
 
 
 def keep(data_dir: str, name: str, key: str, encode: Encode, progress: bool) -> str:

@@ -1,7 +1,7 @@
-"""A mask code that is learned: two small networks (`models/mask_net.py`) and the spread of the image latents.
+"""A mask code that is learned: small networks (`models/mask_net.py`) and the spread of the image latents.
 
-With f and g the networks, m and s the mean and standard deviation of f over masks, mu and sigma those of the image
-latents, all of them by channel,
+With f an encoder of masks, g a decoder, m and s the mean and standard deviation of f over masks, mu and sigma those of
+the image latents, all of them by channel,
 
     u = (f(label) - m) / s,                                                                                (1)
     z_1 = mu + sigma [u + d, e'],    e' ~ N(0, 1), zero where nothing is perturbed,                        (2)
@@ -14,8 +14,12 @@ shout to be heard above noise. The perturbation d stands in for that of SemFlow'
 
     d = pixel (e - 1/2) + region sum_c share_c (w_c - 1/2),    e, w ~ U[0, 1),                             (4)
 
+f is a network, or, with `encoder = "codec"`, the paper's: a palette's colours through the image codec, in whose latents
+borders lie as they do in those of images, and every pixel counts; g then is all that is learned.
+
 e drawn for every place and channel, w for every class of an image and channel, a direction that a region is shifted in,
-and share_c the part of a place that class c has. f and g learn together, as an autoencoder of masks under noise:
+and share_c the part of a place that class c has. Networks f and g learn together, as an autoencoder of masks under
+noise:
 
     L = E [ -log p(label | mu + sigma (u + d + n eps)) ] + smoothness E |grad u|^2 / 2,                    (5)
 
@@ -36,13 +40,15 @@ from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from semflow_jax import noise
+from semflow_jax import noise, palette
 from semflow_jax.codec import Codec
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import Abstract, Params, flatten, make_fns
 from semflow_jax.models.mask_net import MaskNet, MaskNetConfig
 
 MOMENTS = ("image_mean", "image_std", "code_mean", "code_std")  # mu, sigma, m, s
+ENCODERS = ("network", "codec")
+NUM_EMBEDDED = 400  # training masks that g learns from where the codec encodes them
 LEAST_STD = 1e-3  # of a channel, where all masks are alike
 WARMUP = 0.05  # share of the steps
 
@@ -59,6 +65,8 @@ def check(c: ConfigDict) -> None:
         "noise_channels": 0,
         "lr": 0,
     }
+    if c.learned.encoder not in ENCODERS:
+        raise UserError(f"mask_code.learned.encoder: one of {ENCODERS}, got {c.learned.encoder!r}")
     for key, bound in (least | {"noise": 0, "smoothness": 0}).items():
         if c.learned[key] < bound:
             raise UserError(f"mask_code.learned.{key}: at least {bound}, got {c.learned[key]}; raise it")
@@ -75,7 +83,8 @@ def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[
             f"got {n.noise_channels}; lower it"
         )
     channels = codec.channels - n.noise_channels
-    config = MaskNetConfig(num_classes, codec.factor, channels, n.width, n.pixel_width, n.blocks)
+    encodes = n.encoder == "network"
+    config = MaskNetConfig(num_classes, codec.factor, channels, n.width, n.pixel_width, n.blocks, encodes=encodes)
 
     def make(seed: int) -> MaskNet:
         return MaskNet(config, rngs=nnx.Rngs(seed))
@@ -112,15 +121,22 @@ def perturb(
     return u
 
 
+def make_embed_fn(codec: Codec, colours: UInt8[np.ndarray, "n 3"]) -> Callable[..., Array]:
+    """(codec_params, label) -> f(label) of the codec, all of its channels."""
+    return lambda codec_params, label: codec.encode(codec_params, palette.colourise(label, colours))
+
+
 def make_learned_fns(
-    c: ConfigDict, codec: Codec, num_classes: int, params: Params
-) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """`encode` and `logits` of a `MaskCode`: equations (2) and (3).
+    c: ConfigDict, codec: Codec, colours: UInt8[np.ndarray, "n 3"], params: Params
+) -> tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]:
+    """Equations (1) to (3): embed(params, codec_params, label) -> f, finish(params, f, label, key or None) -> z_1, and
+    logits(params, codec_params, z_1).
 
     Raises:
         ValueError: `params` that are another network's.
     """
     check(c)
+    num_classes = len(colours)
     _, abstract, (analyse, synthesise) = _make_net(c, codec, num_classes)
     wanted = {name: x.shape for name, x in abstract_params(c, codec, num_classes).items()}
     if {name: x.shape for name, x in params.items()} != wanted:
@@ -129,8 +145,15 @@ def make_learned_fns(
     def net(params: Params) -> Params:
         return {name: params[name] for name in abstract}
 
-    def encode(params, codec_params, label, key=None):
-        u = (analyse(net(params), label) - params["code_mean"]) / params["code_std"]
+    by_codec = make_embed_fn(codec, colours)
+
+    def embed(params, codec_params, label):
+        if c.learned.encoder == "codec":
+            return by_codec(codec_params, label)
+        return analyse(net(params), label)
+
+    def finish(params, f, label, key=None):
+        u = (f[..., : len(params["code_mean"])] - params["code_mean"]) / params["code_std"]
         rest = jnp.zeros((*u.shape[:3], c.learned.noise_channels))
         if key is not None:
             key_code, key_rest = noise.split(key, 2)
@@ -143,7 +166,7 @@ def make_learned_fns(
         u = (z1 - params["image_mean"]) / params["image_std"]
         return synthesise(net(params), u[..., : len(params["code_mean"])])
 
-    return encode, logits
+    return embed, finish, logits
 
 
 def fit(
@@ -172,21 +195,22 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(0.0, n.lr, warmup, max(n.steps, warmup + 1))
     optimizer = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
 
-    def loss_fn(params: Params, label: Array, key: Array) -> Array:
-        y = analyse(params, label)
-        std = jnp.sqrt(jnp.maximum(y.var((0, 1, 2)), LEAST_STD**2))  # in this order: the root has no slope at 0
-        u = (y - y.mean((0, 1, 2))) / std
+    def loss_fn(params: Params, label: Array, u: Array | None, key: Array) -> Array:
+        if by_network := u is None:
+            y = analyse(params, label)
+            std = jnp.sqrt(jnp.maximum(y.var((0, 1, 2)), LEAST_STD**2))  # in this order: the root has no slope at 0
+            u = (y - y.mean((0, 1, 2))) / std
         key_perturb, key_level, key_noise = jax.random.split(key, 3)
         level = n.noise * jax.random.uniform(key_level, (len(u), 1, 1, 1))
         heard = perturb(key_perturb, u, label, num_classes, c.pixel, c.region)
         logits = synthesise(params, heard + level * jax.random.normal(key_noise, u.shape))
         true = jax.nn.one_hot(label[..., 0], num_classes)
         entropy = -(true * jax.nn.log_softmax(logits)).sum() / jnp.maximum(true.sum(), 1)
-        return entropy + n.smoothness * roughness(u)
+        return entropy + n.smoothness * roughness(u) if by_network else entropy
 
     @jax.jit
-    def step(params: Params, opt_state: Any, label: Array, key: Array, i: Array) -> tuple[Params, Any, Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(params, label, jax.random.fold_in(key, i))
+    def step(params: Params, opt_state: Any, batch: Any, key: Array, i: Array) -> tuple[Params, Any, Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch, jax.random.fold_in(key, i))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -195,19 +219,35 @@ def fit(
         return codec.encode(params, image.astype(jnp.float32) / 127.5 - 1, jax.random.fold_in(key, i))
 
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    embedded: list[np.ndarray] = []
+    if n.encoder == "codec":
+        labels = [x[:, ::-1] if i % 2 else x for i, x in enumerate(labels[:: -(-len(labels) // NUM_EMBEDDED)])]
+        embed_fn = jax.jit(make_embed_fn(codec, palette.make_palette(c.palette, num_classes)))
+        channels = codec.channels - n.noise_channels
+        bar = tqdm(labels, desc="masks", unit="img", disable=not progress, mininterval=0.5)
+        embedded = [np.asarray(embed_fn(codec.params, label[None]))[..., :channels] for label in bar]
+        code = _moments(embedded)
+        embedded = [(f[0] - code[0]) / code[1] for f in embedded]
     side = max(n.crop // codec.factor, 1) * codec.factor
     size = (min(side, labels[0].shape[0]), min(side, labels[0].shape[1]))
     params = jax.jit(lambda: flatten(make(seed)))()
     opt_state = jax.jit(optimizer.init)(params)
     with tqdm(total=n.steps, desc="mask code", unit="step", disable=not progress, mininterval=0.5) as bar:
         for i in range(n.steps):
-            batch = np.stack([_crop(labels[int(rng.integers(len(labels)))], size, rng) for _ in range(n.batch_size)])
+            batch: tuple[Any, ...]
+            chosen = [int(rng.integers(len(labels))) for _ in range(n.batch_size)]
+            if embedded:
+                crops = [_crop_both(labels[k], embedded[k], size, rng) for k in chosen]
+                batch = tuple(np.stack(x) for x in zip(*crops, strict=True))
+            else:
+                batch = np.stack([_crop(labels[k], size, rng) for k in chosen]), None
             params, opt_state, loss = step(params, opt_state, batch, key, np.int32(i))
             bar.update()
             if i % 20 == 19:
                 bar.set_postfix(loss=f"{loss:.4f}")
-    analyse_fn = jax.jit(analyse)
-    code = _moments(np.asarray(analyse_fn(params, label[None])) for label in labels)
+    if not embedded:
+        analyse_fn = jax.jit(analyse)
+        code = _moments(np.asarray(analyse_fn(params, label[None])) for label in labels)
     image = _moments(np.asarray(encode_fn(codec.params, x[None], np.int32(i))) for i, x in enumerate(images))
     arrays = {name: np.asarray(x) for name, x in params.items()}
     return arrays | dict(zip(MOMENTS, (*image, *code), strict=True))
@@ -227,6 +267,20 @@ def _crop(
     top, left = (rng.integers(n - m + 1) for n, m in zip(label.shape[:2], size, strict=True))
     crop = label[top : top + size[0], left : left + size[1]]
     return crop[:, ::-1] if rng.integers(2) else crop
+
+
+def _crop_both(
+    label: UInt8[np.ndarray, "h w 1"],
+    u: Float[np.ndarray, "hz wz c"],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[UInt8[np.ndarray, "hc wc 1"], Float[np.ndarray, "hzc wzc c"]]:
+    """A random place of a mask and of its latent; mirror images have latents of their own."""
+    factor = label.shape[0] // u.shape[0]
+    h, w = size[0] // factor, size[1] // factor
+    i, j = int(rng.integers(u.shape[0] - h + 1)), int(rng.integers(u.shape[1] - w + 1))
+    rows, columns = slice(i, i + h), slice(j, j + w)
+    return label[i * factor : (i + h) * factor, j * factor : (j + w) * factor], u[rows, columns]
 
 
 def _moments(latents: Iterable[Float[np.ndarray, "_ hz wz c"]]) -> tuple[np.ndarray, np.ndarray]:

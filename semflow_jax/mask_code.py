@@ -53,6 +53,8 @@ class MaskCode:
     encode: (params, codec_params, label, key or None) -> z1, perturbed where a key is given.
     logits: (params, codec_params, z1) -> log-probabilities of the classes [b h w n], but for a constant.
     config: what `make_mask_code` builds it from, beside its arrays.
+    embed: (codec_params, label) -> f, where most of the work depends on neither params nor key, so that f can be kept.
+    finish: (params, f, label, key or None) -> z1, the rest.
     """
 
     name: str
@@ -61,6 +63,8 @@ class MaskCode:
     encode: Callable[[Params, Params, Array, Key[Array, "..."] | None], Array]
     logits: Callable[[Params, Params, Array], Array]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    embed: Callable[[Params, Array], Array] | None = None
+    finish: Callable[[Params, Array, Array, Key[Array, "..."] | None], Array] | None = None
 
     def decode(self, params: Params, codec_params: Params, z1: Array) -> UInt8[Array, "b h w 1"]:
         """z_1 -> the likeliest class ids."""
@@ -223,6 +227,13 @@ def make_mask_code(
     elif c.name == "linear":
         code = make_linear_code(codec, colours, params, c.pixel, c.region)
     else:
-        fns = learned_code.make_learned_fns(c, codec, num_classes, params)
-        code = MaskCode("learned", colours, params, *fns)
+        embed, finish, logits = learned_code.make_learned_fns(c, codec, colours, params)
+
+        def encode(params, codec_params, label, key=None):
+            return finish(params, embed(params, codec_params, label), label, key)
+
+        code = MaskCode("learned", colours, params, encode, logits)
+        if c.learned.encoder == "codec":
+            by_codec = learned_code.make_embed_fn(codec, colours)
+            code = dataclasses.replace(code, embed=by_codec, finish=finish)
     return dataclasses.replace(code, config=c.to_dict())

@@ -94,6 +94,14 @@ class Sampler:
         """Class ids -> z_1, perturbed where a key is given."""
         return self.code.encode(frozen["code"], frozen["codec"], label, key)
 
+    def mask_latent(
+        self, frozen: Frozen, batch: Mapping[str, Array], key: Key[Array, "..."] | None
+    ) -> Float[Array, "b hz wz c"]:
+        """z_1 of a training batch: of its "label", or of what was kept of it."""
+        if "mask" not in batch or self.code.finish is None:
+            return self.encode_mask(frozen, batch["label"], key)
+        return self.code.finish(frozen["code"], batch["mask"].astype(jnp.float32), batch["label"], key)
+
     def decode_mask(self, frozen: Frozen, z1: Float[Array, "b hz wz c"]) -> UInt8[Array, "b h w 1"]:
         """z_1 -> class ids."""
         return self.code.decode(frozen["code"], frozen["codec"], z1)

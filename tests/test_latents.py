@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 from test_folder import make_folder
 from test_setup import make_config
 
-from semflow_jax import latents
+from configs import base
+from semflow_jax import latents, learned_code
 from semflow_jax.codec import make_kl_codec, make_patch_codec, sample
 from semflow_jax.data.balance import find_classes
 from semflow_jax.data.inspect import inspect
 from semflow_jax.data.pipeline import make_train_iterator
 from semflow_jax.data.prepare import prepare
 from semflow_jax.data.records import load_info, open_records
+from semflow_jax.data.transforms import mirror_label
 from semflow_jax.errors import UserError
 from semflow_jax.latents import ensure_latents
 from semflow_jax.mask_code import make_mask_code
@@ -190,3 +192,31 @@ def test_a_run_from_latents_is_a_run_from_pixels(data_dir, tmp_path):
         losses[kept] = [row["loss"] for row in read_metrics(tmp_path / str(kept)) if "loss" in row]
     assert len(losses[True]) == 3
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
+
+
+def test_masks_are_kept_for_a_code_of_the_codec(data_dir):
+    """Of a mask and of its mirror image, whose eyes trade places; z_1 made of them is that of labels."""
+    codec = make_codec("patch")
+    c = base.get_config().mask_code
+    c.update(
+        {"name": "learned", "learned": {"encoder": "codec", "steps": 1, "width": 4, "pixel_width": 2, "blocks": 0}}
+    )
+    labels = [np.zeros((*SIZE, 1), np.uint8), np.ones((*SIZE, 1), np.uint8)]
+    images = [np.arange(SIZE[0] * SIZE[1] * 3).astype(np.uint8).reshape(*SIZE, 3)]
+    code = make_mask_code(c, codec, 3, learned_code.fit(labels, images, 3, codec, c, 0, progress=False))
+    place = ensure_latents(data_dir, codec, progress=False, code=code)
+    assert place != ensure_latents(data_dir, codec, progress=False)
+    plain, kept = open_records(data_dir, "train"), open_records(place, "train")
+    label = plain[0]["label"]
+    mirrored = mirror_label(label, load_info(data_dir).flip_pairs)
+    assert np.any(mirrored != label[:, ::-1])
+    expected = code.embed({}, jnp.stack([label, mirrored]))
+    np.testing.assert_array_equal(kept[0]["mask"], np.asarray(expected, np.float16))
+    s = Sampler(lambda *_: None, codec, code)
+    batch = {"label": jnp.asarray(label[None]), "mask": jnp.asarray(kept[0]["mask"][:1])}
+    z1 = s.mask_latent(s.frozen, batch, jax.random.key(0))
+    np.testing.assert_allclose(z1, s.encode_mask(s.frozen, batch["label"], jax.random.key(0)), atol=5e-3)
+    del batch["mask"]
+    np.testing.assert_array_equal(
+        s.mask_latent(s.frozen, batch, jax.random.key(0)), s.encode_mask(s.frozen, batch["label"], jax.random.key(0))
+    )

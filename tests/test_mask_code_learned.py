@@ -12,7 +12,7 @@ from test_mask_code import CODEC, NUM_CLASSES, make_labels
 from test_setup import make_config as make_run_config
 
 from configs import base
-from semflow_jax import learned_code
+from semflow_jax import learned_code, palette
 from semflow_jax.data.info import VOID
 from semflow_jax.data.prepare import prepare
 from semflow_jax.errors import UserError
@@ -65,6 +65,30 @@ def units(code: MaskCode, z1: np.ndarray) -> np.ndarray:
 
 def add_noise(code: MaskCode, z1: np.ndarray, level: float) -> np.ndarray:
     return z1 + level * code.params["image_std"] * np.random.default_rng(2).normal(size=z1.shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def by_codec() -> MaskCode:
+    c = make_config({"encoder": "codec", "steps": 120})
+    return make_mask_code(c, CODEC, NUM_CLASSES, fit(c))
+
+
+def test_colours_through_the_codec_with_a_learned_decoder(by_codec):
+    label = make_labels(20, seed=1)
+    colours = CODEC.encode({}, palette.colourise(jnp.asarray(label), by_codec.colours))
+    u = units(by_codec, encode(by_codec, label))
+    expected = (colours - by_codec.params["code_mean"]) / by_codec.params["code_std"]
+    np.testing.assert_allclose(u, expected, atol=1e-4)
+    assert (decode(by_codec, encode(by_codec, label, jax.random.key(0))) == label).mean() > 0.95
+    assert (decode(by_codec, add_noise(by_codec, encode(by_codec, label), 0.3)) == label).mean() > 0.9
+    assert not [name for name in by_codec.params if name.startswith(("classes", "encoder", "to_latent"))]
+
+
+def test_what_is_kept_of_a_mask_is_finished_later(by_codec, code):
+    label, key = jnp.asarray(make_labels(3, seed=1)), jax.random.key(0)
+    f = by_codec.embed({}, label)
+    np.testing.assert_array_equal(jitted(by_codec.finish)(by_codec.params, f, label, key), encode(by_codec, label, key))
+    assert code.embed is None and code.finish is None  # a small network's work is not worth keeping
 
 
 @pytest.mark.parametrize("key", [None, jax.random.key(0)])
@@ -236,6 +260,7 @@ def test_a_run_that_goes_on_keeps_its_code(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"learned": {"steps": 0}}, "mask_code.learned.steps: at least 1, got 0"),
+        ({"learned": {"encoder": "postman"}}, "mask_code.learned.encoder: one of .*, got 'postman'"),
         ({"learned": {"noise": -0.1}}, "mask_code.learned.noise: at least 0, got -0.1"),
         ({"pixel": -1.0}, "mask_code.pixel, mask_code.region: at least 0, got -1.0, 0.5"),
     ],

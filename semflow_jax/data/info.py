@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 VOID = 255  # label of pixels that belong to no class: ignored by losses and metrics
-KEPT = ("mean", "std", "own", "draw")  # what latents are kept as, of an image and of its mirror image
+KEPT = ("mean", "std", "mask", "own", "draw")  # what latents are kept as, of an image and of its mirror image
 
 
 def cache_dir() -> pathlib.Path:

@@ -26,6 +26,7 @@ class MaskNetConfig:
     pixel_width: channels of a pixel.
     num_blocks: residual blocks on the latent grid, in each direction.
     bound: latents are in (-bound, bound).
+    encodes: whether there is a way from class ids to latents.
     """
 
     num_classes: int
@@ -35,6 +36,7 @@ class MaskNetConfig:
     pixel_width: int = 16
     num_blocks: int = 2
     bound: float = 3.0
+    encodes: bool = True
 
 
 class Block(nnx.Module):
@@ -54,10 +56,11 @@ class MaskNet(nnx.Module):
     def __init__(self, c: MaskNetConfig, *, rngs: nnx.Rngs):
         patch = c.factor**2 * c.pixel_width
         self.config = c
-        self.classes = Linear(c.num_classes, c.pixel_width, bias=False, rngs=rngs)
-        self.from_pixels = Linear(patch, c.width, rngs=rngs)
-        self.encoder = nnx.List([Block(c.width, rngs=rngs) for _ in range(c.num_blocks)])
-        self.to_latent = Conv(c.width, c.channels, rngs=rngs)
+        if c.encodes:
+            self.classes = Linear(c.num_classes, c.pixel_width, bias=False, rngs=rngs)
+            self.from_pixels = Linear(patch, c.width, rngs=rngs)
+            self.encoder = nnx.List([Block(c.width, rngs=rngs) for _ in range(c.num_blocks)])
+            self.to_latent = Conv(c.width, c.channels, rngs=rngs)
         self.from_latent = Conv(c.channels, c.width, rngs=rngs)
         self.decoder = nnx.List([Block(c.width, rngs=rngs) for _ in range(c.num_blocks)])
         self.to_pixels = Linear(c.width, patch, rngs=rngs)

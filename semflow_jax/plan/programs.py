@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from semflow_jax import learned_code, parallel
 from semflow_jax.codec import Codec, load_codec, make_kl_codec, make_patch_codec, make_tiny_codec
+from semflow_jax.coupling import couple
 from semflow_jax.data.records import load_info
 from semflow_jax.data.sources import ade20k, avatars, celebamask_hq, cityscapes, coco_stuff
 from semflow_jax.errors import UserError
@@ -176,7 +177,7 @@ def _make_parts(c: ConfigDict, num_classes: int, reduced: bool) -> tuple[UNetCon
             fitted = learned_code.abstract_params(c.mask_code, codec, num_classes)
         else:
             fitted = abstract_balance(c.mask_code, codec)
-        code = make_mask_code(c.mask_code, codec, num_classes, fitted)
+        codec, code = couple(c.objective, codec, make_mask_code(c.mask_code, codec, num_classes, fitted))
     sampler = Sampler(make_velocity_fn(unet), codec, code)
     return unet, sampler, sampler.frozen if context is None else sampler.frozen | {"context": context}
 

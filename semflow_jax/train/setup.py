@@ -104,7 +104,7 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
 def _train_dir(c: ConfigDict, data_dir: str, start: Start, sampler: Sampler) -> str:
     if c.reflow.share:
         return reflow.ensure_pairs(data_dir, sampler, start.unet, start.make_params(), c.reflow)
-    return ensure_latents(data_dir, sampler.codec) if c.data.latents else data_dir
+    return ensure_latents(data_dir, sampler.codec, code=sampler.code) if c.data.latents else data_dir
 
 
 def begin(s: Setup, workdir: pathlib.Path) -> None:

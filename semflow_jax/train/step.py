@@ -49,7 +49,7 @@ def make_train_step(
         if "draw" in batch:  # the flow's own z_0 come with the perturbation that they were made from
             key_perturb = reflow.keys_of_pairs(batch["draw"], key_perturb)
         z0 = sampler.image_latent(frozen, batch, key_encode)
-        z1 = sampler.encode_mask(frozen, batch["label"], key_perturb)
+        z1 = sampler.mask_latent(frozen, batch, key_perturb)
         t = flow.sample_time(key_time, z0.shape[0], c.loss.time_sampling)
         v_true, d = flow.velocity(z0, z1), jnp.zeros_like(t)
         if every:
