@@ -36,15 +36,16 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 FEATURES = "efficientnet_lite0"
 COLOUR = {"mask_code.name": "colour", "mask_code.pixel": 0.1}
 FIRST = "semflow_plus"
+NETWORK = {"mask_code.learned.encoder": "network", "mask_code.learned.steps": 300}
 ROWS: dict[str, dict[str, Any]] = {
     FIRST: {},
     "mask code: grid colours": COLOUR | {"mask_code.palette": "grid"},
     "mask code: spread colours": COLOUR,
     "mask code: balanced spread colours": COLOUR | {"mask_code.balance": "minmax"},
-    "noise channels: none": {"mask_code.learned.noise_channels": 0},
-    "noise channels: 8": {"mask_code.learned.noise_channels": 8},
-    "noise channels: 24": {"mask_code.learned.noise_channels": 24},
-    "objective: SymmFlow": {"objective": "symmflow", "mask_code.learned.noise_channels": 0},
+    "mask code: learned both ways": NETWORK,
+    "mask code: learned, 16 noise channels": NETWORK | {"mask_code.learned.noise_channels": 16},
+    "perturbation: 0.1": {"mask_code.pixel": 0.1},
+    "objective: SymmFlow": {"objective": "symmflow"},
     "times: logit-normal": {"loss.time_sampling": "logit_normal"},
     "times: mode": {"loss.time_sampling": "mode"},
     "times: u-shaped": {"loss.time_sampling": "u_shaped"},
@@ -52,11 +53,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "loss: void pixels too": {"loss.mask_void": False},
     "average of weights: none": {"optim.ema": 0.0},
     "average of weights: longer": {"optim.ema": 0.999},
-    "perturbation: 1": {"mask_code.pixel": 1.0},
     "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
     "few steps: reflow": {"reflow.share": 0.5, "reflow.steps": 8},
     "sampling: class-balanced": {"data.balance": 0.5},
-    "network: without skip": {"model.skip": False},
+    "network: skip": {"model.skip": True},
 }
 SEGMENTATION, SYNTHESIS = (1, 25), (1, 4, 25)  # Euler steps
 

@@ -1,8 +1,9 @@
-"""The official recipe in PyTorch (A) and ours (B) side by side, with the same seconds of training:
+"""The official recipe in PyTorch and ours side by side, with the same seconds of training:
 
-SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 600 --seeds 0,1,2
+SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 240 --seeds 0,1,2
 
-Each has one half of the processors, and the halves are swapped from run to run. Both models go through the same
+There are two peers: `official` as it is, `tuned` with a learning rate and a batch that suit a network which begins with
+nothing. Two runs are under way at any time, each on one half of the processors. All models go through the same
 `semflow evaluate`. The same command goes on where it was stopped. See README.md.
 """
 
@@ -13,14 +14,18 @@ import json
 import math
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 
+from semflow_jax.arguments import words
 from semflow_jax.evaluate.output import mean_and_spread
 
 REPO = pathlib.Path(__file__).resolve().parent.parent.parent
 FEATURES = "efficientnet_lite0"
 ESPNET = "espnet_p_2_q_8_camvid.safetensors"
+PEERS = {"official": ("5e-5", "32"), "tuned": ("1e-3", "16")}  # learning rate and batch size
+SIDES = (*PEERS, "ours")
 COLUMNS = {  # of a row of segmentation and one of synthesis
     "mIoU": lambda seg, syn: seg["miou"],
     "its ceiling": lambda seg, syn: seg["codec_ceiling_miou"],
@@ -42,27 +47,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", default="configs/semflow_plus.py:{data}", help="our config; default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our config")
     parser.add_argument("--seconds", type=float, required=True, help="of training, that of our mask code included")
-    parser.add_argument("--turns", type=int, default=1, help="times that every seed is run")
+    parser.add_argument("--sides", type=words(SIDES), default=list(SIDES), metavar="A,B", help=", ".join(SIDES))
     parser.add_argument("--seeds", type=numbers(int), default=[0], metavar="N,N")
-    parser.add_argument("--lr", type=float, default=1e-3, help="the peer's")
-    parser.add_argument("--batch-size", type=int, default=32, help="the peer's")
-    parser.add_argument("--steps", type=numbers(int), default=[25], metavar="N,N", help="of Euler, for both")
+    parser.add_argument("--steps", type=numbers(int), default=[25], metavar="N,N", help="of Euler, for all")
     parser.add_argument("--limit", type=int, help="test images; default: all")
     parser.add_argument("--num-samples", type=int, default=2, help="images of each mask")
-    parser.add_argument("--draws", type=int, default=4, help="perturbations of each mask that the peer learns from")
+    parser.add_argument("--draws", type=int, default=4, help="perturbations of each mask that the peers learn from")
     parser.add_argument("--warmup", type=int, default=30, help="steps by which our speed is measured")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/peer"))
     return parser.parse_args()
 
 
 def halves() -> list[list[int]]:
-    """The processors, for the two sides; both have the same where there is one only."""
+    """The processors, for two runs at a time; both have the same where there is one only."""
     cores = sorted(os.sched_getaffinity(0))
     return [cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]]
 
 
 class Race:
-    """Both sides' runs, each in a folder of its own."""
+    """The runs of all sides, each in a folder of its own."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -77,17 +80,21 @@ class Race:
             self.call(
                 None, "benchmarks/peer/bridge.py", "export", self.config, self.latents, "--draws", self.args.draws
             )
-        runs = list(itertools.product(range(self.args.turns), self.args.seeds))
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for number, (turn, seed) in enumerate(runs):
-                sides = [(self.peer, f"peer-{turn}-{seed}"), (self.ours, f"ours-{turn}-{seed}")]
-                places = halves()[:: 1 if number % 2 == 0 else -1]
-                jobs = [
-                    pool.submit(side, self.out / name, seed, cores)
-                    for (side, name), cores in zip(sides, places, strict=True)
-                ]
-                for job in jobs:
-                    job.result()
+        free: queue.Queue[list[int]] = queue.Queue()
+        for cores in halves():
+            free.put(cores)
+
+        def run(seed: int, side: str) -> None:
+            cores = free.get()
+            try:
+                getattr(self, "ours" if side == "ours" else "peer")(side, self.out / f"{side}-{seed}", seed, cores)
+            finally:
+                free.put(cores)
+
+        with concurrent.futures.ThreadPoolExecutor(len(halves())) as pool:
+            jobs = [pool.submit(run, *job) for job in itertools.product(self.args.seeds, self.args.sides)]
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
                 (self.out / "table.md").write_text(self.table())
         print(self.table())
 
@@ -102,16 +109,17 @@ class Race:
         if running.wait():
             raise subprocess.CalledProcessError(running.returncode, line)
 
-    def peer(self, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
+    def peer(self, side: str, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
         args = self.args
         if not (folder / "train.json").is_file():
-            recipe = ["--seconds", args.seconds, "--lr", args.lr, "--batch-size", args.batch_size, "--seed", seed]
+            lr, batch_size = PEERS[side]
+            recipe = ["--seconds", args.seconds, "--lr", lr, "--batch-size", batch_size, "--seed", seed]
             self.call(cores, "benchmarks/peer/official.py", self.latents, folder, *recipe, "--threads", len(cores))
         if not (folder / "export").is_dir():
             self.call(cores, "benchmarks/peer/bridge.py", "adopt", self.config, self.latents, folder)
         self.evaluate(folder, cores)
 
-    def ours(self, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
+    def ours(self, side: str, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
         if not (folder / "train.json").is_file():
             # A short run learns the mask code of this seed, which is kept, and tells how fast both are.
             warm = self.train_ours(folder.with_name(f"warm-{folder.name}"), seed, self.args.warmup, cores)
@@ -162,8 +170,10 @@ class Race:
         """Means over the runs of each side, and how far they spread, by the number of steps."""
         lines = ["| | Euler steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
         notes = []
-        for side in ("peer", "ours"):
+        for side in SIDES:
             folders = [path.parent for path in sorted(self.out.glob(f"{side}-*/result.json"))]
+            if not folders:
+                continue
             results = [json.loads((folder / "result.json").read_text()) for folder in folders]
             for steps in self.args.steps:
                 pairs = [[pick(result[part], steps) for part in ("segmentation", "synthesis")] for result in results]
