@@ -3,8 +3,9 @@
 SEMFLOW_SHARED=../shared taskset -c 0 python benchmarks/ablations.py --data camvid --seconds 120 --seeds 0,1,2
 
 Seconds of learning a mask code count, those of compilation do not; reflow goes on for as long again with the first
-row's flow, and the seconds of making its pairs don't count. Every run is a line of OUT/DATA.jsonl, and runs that are in
-it are not run again; the table of all lines is printed at the end, and at once with `--seeds ''`.
+row's flow, and the seconds of making its pairs don't count. A row's first run finds how many steps that is, for all of
+its seeds. Every run is a line of OUT/DATA.jsonl, and runs that are in it are not run again; the table of all lines is
+printed at the end, and at once with `--seeds ''`.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def make_config(args: argparse.Namespace, row: str, seed: int, num_steps: int, i
     c = load_config(REPO / f"configs/semflow_plus.py:{args.data}").unlock()
     whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), num_steps)
     given = {key: ast.literal_eval(value) for key, value in (text.split("=", 1) for text in args.set)}
-    fixed = {"seed": seed, "init": init, "log_every": min(25, num_steps), "eval.limit": 2, "eval.num_samples": 2}
+    few = {"eval.limit": 2, "eval.num_samples": 2, "sampling.steps": 1}  # the one validation is of no use here
+    fixed = {"seed": seed, "init": init, "cpu_devices": 1, "log_every": min(25, num_steps)} | few
     c.update_from_flattened_dict(ROWS[row] | whole | fixed | given)
     return c.lock()
 
@@ -90,28 +92,31 @@ def train(c: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, Any, dict[str, A
     setup = make_setup(c, workdir)
     state = loop.train(setup, workdir)
     rows = read_metrics(workdir)
-    found = loop.summarize(rows) | {"code_seconds": setup.code_seconds}
-    return setup, state["ema"], found
+    return setup, state["ema"], loop.summarize(rows) | {"code_seconds": setup.code_seconds}
 
 
 def train_for(
-    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, init: str = ""
+    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, num_steps: int | None, init: str = ""
 ) -> tuple[Setup, Any, dict[str, Any]]:
-    """A run of `args.seconds`, as many steps as a short run before it foretells."""
-    c = make_config(args, row, seed, args.warmup, init)
-    warm = train(c, workdir)[2]
-    num = round((args.seconds - warm["code_seconds"]) * warm["images_per_second"] / c.batch_size)
-    return train(make_config(args, row, seed, max(args.warmup, num), init), workdir)
+    """A run of so many steps, or, where that is not known, of `args.seconds`, as a short run before it foretells."""
+    if num_steps is None:
+        c = make_config(args, row, seed, args.warmup, init)
+        warm = train(c, workdir)[2]
+        left = args.seconds - warm["code_seconds"]
+        num_steps = max(args.warmup, round(left * warm["images_per_second"] / c.batch_size))
+    return train(make_config(args, row, seed, num_steps, init), workdir)
 
 
-def run(args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, num_steps: dict[str, int]
+) -> dict[str, float]:
     """Trains for `args.seconds` and evaluates."""
     teacher = ""
     if "reflow.share" in ROWS[row]:
-        setup, params, _ = train_for(args, FIRST, seed, workdir)
+        setup, params, _ = train_for(args, FIRST, seed, workdir, num_steps.get(FIRST))
         teacher = str(workdir.with_name(f"{workdir.name}-teacher"))
         SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code).save_pretrained(teacher)
-    setup, params, found = train_for(args, row, seed, workdir, teacher)
+    setup, params, found = train_for(args, row, seed, workdir, num_steps.get(row), teacher)
     judges = Judges([load_features(FEATURES, weights(f"{FEATURES}/{FEATURES}_fp32.safetensors"))], None, setup.mesh)
     inputs = params, setup.sampler.frozen, setup.final_split, args.limit
     figures: dict[str, float] = {}
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path) ->
         made = setup.evaluator.synthesis(*inputs, setting=Setting("euler", steps), judge=judges.look)
         figures[f"frechet_{steps}"] = judges.figures(made["judged"])["distances"][FEATURES]["frechet"]
         figures |= {f"resegmentation_{steps}": made["resegmentation_miou"], f"diversity_{steps}": made["diversity"]}
-    return {"row": row, "seed": seed, "seconds": args.seconds, "limit": args.limit, "set": args.set} | found | figures
+    return found | figures
 
 
 def weights(name: str) -> pathlib.Path:
@@ -163,15 +168,17 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.data}.jsonl"
+    kind = {"budget": args.seconds, "limit": args.limit, "set": args.set}
     for seed in [int(text) for text in args.seeds.split(",") if text]:
         for row in args.rows:
-            key = {"row": row, "seed": seed, "seconds": args.seconds, "limit": args.limit, "set": args.set}
-            if any(key.items() <= line.items() for line in read(path)):
+            lines = [line for line in read(path) if kind.items() <= line.items()]
+            if any(line["row"] == row and line["seed"] == seed for line in lines):
                 continue
+            steps = {line["row"]: line["steps"] for line in lines}
             with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-                found = run(args, row, seed, args.out / f"{args.data}-{os.getpid()}")
+                found = run(args, row, seed, args.out / f"{args.data}-{os.getpid()}", steps)
             with path.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps({"row": row, "seed": seed} | kind | found) + "\n")
             print(row, seed, {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}, flush=True)
             jax.clear_caches()
     print(table(read(path)))
