@@ -27,6 +27,7 @@ from semflow_jax.train.fit import NUM_FITTED, NUM_MEASURED
 CODES = {
     "colour, grid": {"name": "colour", "palette": "grid"},
     "colour, spread": {"name": "colour", "palette": "spread"},
+    "spread, learned decoder": {"name": "learned", "learned": {"encoder": "codec", "noise": 0.7}},
     "learned": {"name": "learned"},
 }
 NOISE = (0.0, 0.1, 0.2, 0.4, 0.8)

@@ -91,7 +91,7 @@ def write_report(
         sha256=result.get("params_sha256"),
     )
     picture = io.BytesIO()
-    _contact_sheet(columns).save(picture, "png", optimize=True)
+    contact_sheet(columns).save(picture, "png", optimize=True)
     write_json(out_dir / "report.json", result)
     write(out_dir / "gallery.png", picture.getvalue())
     write(out_dir / "report.html", page.encode())
@@ -192,7 +192,8 @@ def _shrink(images: UInt8[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b H W 
     return np.stack(small).reshape(*b, *small[0].shape) if small else images
 
 
-def _paint(label: UInt8[np.ndarray, "g h w 1"], colours: UInt8[np.ndarray, "n 3"]) -> UInt8[np.ndarray, "g H W 3"]:
+def paint(label: UInt8[np.ndarray, "g h w 1"], colours: UInt8[np.ndarray, "n 3"]) -> UInt8[np.ndarray, "g H W 3"]:
+    """Class ids in colours, void in white, in the size that reports show."""
     table = np.array([VOID_COLOUR] * 256, np.uint8)
     table[: len(colours)] = colours
     factor = _factor(*label.shape[1:3])
@@ -203,8 +204,8 @@ def _columns(gallery: Gallery, colours: UInt8[np.ndarray, "n 3"]) -> dict[str, U
     """The gallery's columns by title, as pictures."""
     return {
         "image": _shrink(gallery.image),
-        "true mask": _paint(gallery.label, colours),
-        "predicted mask": _paint(gallery.prediction, colours),
+        "true mask": paint(gallery.label, colours),
+        "predicted mask": paint(gallery.prediction, colours),
         **{f"synthesis, seed {i}": x for i, x in enumerate(_shrink(gallery.samples), start=1)},
     }
 
@@ -215,7 +216,7 @@ def _data_uri(picture: UInt8[np.ndarray, "h w 3"]) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _contact_sheet(columns: dict[str, UInt8[np.ndarray, "g h w 3"]], gap: int = 8, header: int = 24) -> Image.Image:
+def contact_sheet(columns: dict[str, UInt8[np.ndarray, "g h w 3"]], gap: int = 8, header: int = 24) -> Image.Image:
     """The gallery as one picture on white, titles above the columns."""
     g, h, w, _ = next(iter(columns.values())).shape
     zoom = max(1, round(128 / w))
