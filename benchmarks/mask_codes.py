@@ -9,7 +9,6 @@ one of the section `mask_code` of configs/base.py, such as learned.steps.
 
 import argparse
 import ast
-import time
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +77,11 @@ def main() -> None:
         with c.unlocked():
             c.update(CODES[name])
             c.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (x.split("=") for x in args.set)})
-        params, start = {}, time.perf_counter()
+        params, seconds = {}, 0.0
         if c.name == "learned":
             labels = [train[i]["label"] for i in spread_indices(len(train), NUM_FITTED)]
             images = (train[i]["image"] for i in spread_indices(len(train), NUM_MEASURED))
-            params = learned_code.fit(labels, images, info.num_classes, codec, c, 123)
-        seconds = time.perf_counter() - start
+            params, seconds = learned_code.fit(labels, images, info.num_classes, codec, c, 123)
         cells, correlation = measure(make_mask_code(c, codec, info.num_classes, params), codec.params, label)
         print(f"| {name} | {' | '.join(cells)} | {correlation:.2f} | {seconds:.0f} |", flush=True)
 

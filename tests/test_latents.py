@@ -203,7 +203,7 @@ def test_masks_are_kept_for_a_code_of_the_codec(data_dir):
     )
     labels = [np.zeros((*SIZE, 1), np.uint8), np.ones((*SIZE, 1), np.uint8)]
     images = [np.arange(SIZE[0] * SIZE[1] * 3).astype(np.uint8).reshape(*SIZE, 3)]
-    code = make_mask_code(c, codec, 3, learned_code.fit(labels, images, 3, codec, c, 0, progress=False))
+    code = make_mask_code(c, codec, 3, learned_code.fit(labels, images, 3, codec, c, 0, progress=False)[0])
     place = ensure_latents(data_dir, codec, progress=False, code=code)
     assert place != ensure_latents(data_dir, codec, progress=False)
     plain, kept = open_records(data_dir, "train"), open_records(place, "train")

@@ -35,7 +35,7 @@ def make_config(learned: dict | None = None, **changes) -> ConfigDict:
 
 
 def fit(c: ConfigDict, labels=LABELS, seed: int = 0) -> dict[str, np.ndarray]:
-    return learned_code.fit(labels, IMAGES, NUM_CLASSES, CODEC, c, seed, progress=False)
+    return learned_code.fit(labels, IMAGES, NUM_CLASSES, CODEC, c, seed, progress=False)[0]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 240 --seeds 0,1,2
 
 There are two peers: `official` as it is, `tuned` with a learning rate and a batch that suit a network which begins with
-nothing. Two runs are under way at any time, each on one half of the processors. All models go through the same
-`semflow evaluate`. The same command goes on where it was stopped. See README.md.
+nothing. Two runs are under way at any time, each on one half of the processors; one, where `taskset` leaves one processor. All
+models go through the same `semflow evaluate`. The same command goes on where it was stopped. See README.md.
 """
 
 import argparse
@@ -59,9 +59,10 @@ def parse() -> argparse.Namespace:
 
 
 def halves() -> list[list[int]]:
-    """The processors, for two runs at a time; both have the same where there is one only."""
+    """The processors, for two runs at a time; one run at a time where there is one only."""
     cores = sorted(os.sched_getaffinity(0))
-    return [cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]]
+    half = len(cores) // 2
+    return [cores[:half], cores[half:]] if half else [cores]
 
 
 class Race:

@@ -7,8 +7,7 @@ import hashlib
 import json
 import logging
 import pathlib
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -25,13 +24,13 @@ from semflow_jax.weights.load import load_safetensors, save_safetensors
 
 NUM_FITTED = 2000  # training examples that codec and mask code are fitted to
 NUM_MEASURED = 64  # training images whose latents a learned or balanced mask code takes its spread from
-SECONDS = "seconds"  # that learning a kept code took
+SECONDS = "seconds"  # of a kept code's steps
 
 log = logging.getLogger(__name__)
 
 
 def fit_codes(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tuple[Codec, MaskCode, float]:
-    """Codec and mask code, fitted where they have something to fit, and the seconds that learning the code took."""
+    """Codec and mask code, fitted where they have something to fit, and the seconds of the code's steps."""
     records = open_healthy(data_dir, "train", c.data.max_corrupt)
 
     def chosen(kind: str, limit: int = NUM_FITTED) -> Iterator[np.ndarray]:
@@ -44,7 +43,7 @@ def fit_codes(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tup
         fitted = fit_linear_code(chosen("label"), info.num_classes, codec, c.mask_code.whiten)
     elif c.mask_code.name == "learned":
 
-        def learn() -> Params:
+        def learn() -> tuple[Params, float]:
             images, labels = chosen("image", NUM_MEASURED), list(chosen("label"))
             progress = jax.process_index() == 0
             return learned_code.fit(labels, images, info.num_classes, codec, c.mask_code, c.seed, progress)
@@ -59,15 +58,14 @@ def fit_codes(c: ConfigDict, codec: Codec, data_dir: str, info: DataInfo) -> tup
     return codec, make_mask_code(c.mask_code, codec, info.num_classes, fitted), seconds
 
 
-def _kept(data_dir: pathlib.Path, key: list, learn) -> Params:
-    """The arrays of `learn`, from a file where it has been called with this key before."""
+def _kept(data_dir: pathlib.Path, key: list, learn: Callable[[], tuple[Params, float]]) -> Params:
+    """The arrays and seconds of `learn`, from a file where it has been called with this key before."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = data_dir / f"mask-code-{name}.safetensors"
     if path.is_file():
         return dict(load_safetensors(path))
-    start = time.perf_counter()
-    arrays = learn()
-    arrays[SECONDS] = np.float32(time.perf_counter() - start)
+    arrays, seconds = learn()
+    arrays |= {SECONDS: np.float32(seconds)}
     try:
         save_safetensors(path, arrays)
     except OSError as error:  # a folder that may be read only is no reason to end a run

@@ -57,7 +57,7 @@ class Setup:
     sampler: Sampler
     evaluator: Evaluator
     model: dict[str, Any]  # the config.json of the model
-    code_seconds: float  # that learning its mask code took, now or in an earlier run
+    code_seconds: float  # of its mask code's steps, now or in an earlier run
 
 
 def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
