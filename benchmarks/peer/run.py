@@ -3,8 +3,9 @@
 SEMFLOW_SHARED=../shared python benchmarks/peer/run.py --data camvid --seconds 240 --seeds 0,1,2
 
 There are two peers: `official` as it is, `tuned` with a learning rate and a batch that suit a network which begins with
-nothing. Two runs are under way at any time, each on one half of the processors; one, where `taskset` leaves one processor. All
-models go through the same `semflow evaluate`. The same command goes on where it was stopped. See README.md.
+nothing. Two runs are under way at any time, each on one half of the processors; one, where `taskset` leaves one
+processor. All models go through the same `semflow evaluate`. The same command goes on where it was stopped.
+See README.md.
 """
 
 import argparse
