@@ -57,7 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
     "few steps: reflow": {"reflow.share": 0.5, "reflow.steps": 8},
     "sampling: class-balanced": {"data.balance": 0.5},
-    "network: skip": {"model.skip": True},
+    "network: without skip": {"model.skip": False},
 }
 SEGMENTATION, SYNTHESIS = (1, 25), (1, 4, 25)  # Euler steps
 
