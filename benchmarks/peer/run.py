@@ -123,14 +123,19 @@ class Race:
 
     def ours(self, side: str, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
         if not (folder / "train.json").is_file():
-            # A short run learns the mask code of this seed, which is kept, and tells how fast both are.
-            warm = self.train_ours(folder.with_name(f"warm-{folder.name}"), seed, self.args.warmup, cores)
-            batch_size = self.config_of(folder.with_name(f"warm-{folder.name}"))["batch_size"]
-            left = self.args.seconds - warm["code_seconds"]
-            found = self.train_ours(folder, seed, max(1, round(warm["images_per_second"] * left / batch_size)), cores)
+            found = self.train_ours(folder, seed, self.num_steps(folder, seed, cores), cores)
             found["seconds"] += found["code_seconds"]
             (folder / "train.json").write_text(json.dumps(found, indent=1))
         self.evaluate(folder, cores)
+
+    def num_steps(self, folder: pathlib.Path, seed: int, cores: list[int]) -> int:
+        """Those of another seed's run; for the first, as many as a short run says that the budget has time for."""
+        for path in sorted(self.out.glob("ours-*/train.json")):
+            return json.loads(path.read_text())["steps"]
+        warm = folder.with_name(f"warm-{folder.name}")
+        found = self.train_ours(warm, seed, self.args.warmup, cores)
+        left = self.args.seconds - found["code_seconds"]
+        return max(1, round(found["images_per_second"] * left / self.config_of(warm)["batch_size"]))
 
     def train_ours(self, folder: pathlib.Path, seed: int, num_steps: int, cores: list[int]) -> dict:
         """The schedule ends with the last step, so the budget is one of steps."""
