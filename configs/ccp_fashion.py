@@ -1,4 +1,4 @@
-"""Clothing Co-Parsing, 804 / 100 / 100 photos of street fashion at 144 x 96, 17 classes, through the autoencoder TAEF2.
+"""Clothing Co-Parsing, 804 / 100 / 100 photos of street fashion at 128 x 96, 17 classes, through the autoencoder TAEF2.
 
 SEMFLOW_SHARED=../shared python main.py --config=configs/ccp_fashion.py --workdir=runs/ccp_fashion
 
@@ -16,7 +16,7 @@ def get_config():
         c.cpu_devices = 2
         c.data.name = "folder"
         c.data.source = "$SEMFLOW_SHARED/data/ccp_fashion"
-        c.data.size = (144, 96)
+        c.data.size = (128, 96)  # of photos whose height is 1.5 times their width
         c.codec.name = "taef2"
         c.codec.path = "$SEMFLOW_SHARED/weights/taef2/taef2_fp16.safetensors"
         c.model.block_out_channels = (64, 96, 128)

@@ -130,8 +130,8 @@ class Race:
 
     def num_steps(self, folder: pathlib.Path, seed: int, cores: list[int]) -> int:
         """Those of another seed's run; for the first, as many as a short run says that the budget has time for."""
-        for path in sorted(self.out.glob("ours-*/train.json")):
-            return json.loads(path.read_text())["steps"]
+        if known := sorted(self.out.glob("ours-*/train.json")):
+            return json.loads(known[0].read_text())["steps"]
         warm = folder.with_name(f"warm-{folder.name}")
         found = self.train_ours(warm, seed, self.args.warmup, cores)
         left = self.args.seconds - found["code_seconds"]
