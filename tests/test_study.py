@@ -74,6 +74,8 @@ def test_rows_that_are_there_are_not_computed_again(evaluate, monkeypatch):
     second = evaluate("--sections", "segmentation", "--steps", "1,2")
     assert second["segmentation"][0] == first["segmentation"][0]
     assert len(done) == 1 and [row["steps"] for row in second["segmentation"]] == [1, 2]
+    timed = evaluate("--sections", "segmentation", "--steps", "1,2", "--time")["segmentation"]
+    assert len(done) == 1 and all(row.pop("seconds_per_image") > 0 for row in timed) and timed == second["segmentation"]
 
 
 def test_a_killed_evaluation_goes_on_and_counts_the_same(evaluate, tmp_path, monkeypatch):

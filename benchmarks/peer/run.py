@@ -160,7 +160,7 @@ class Race:
         command = ["-m", "semflow_jax.cli", "evaluate", "--checkpoint", folder, "--data", data_dir, "--solver", "euler"]
         command += ["--steps", ",".join(map(str, args.steps)), "--sections", "segmentation,synthesis"]
         command += ["--features", f"{FEATURES}={self.weights / FEATURES / f'{FEATURES}_fp32.safetensors'}"]
-        command += ["--num-samples", args.num_samples, "--out", folder / "result.json"]
+        command += ["--time", "--num-samples", args.num_samples, "--out", folder / "result.json"]
         command += ["--limit", args.limit] if args.limit else []
         if args.data != "camvid":
             self.call(cores, *command)

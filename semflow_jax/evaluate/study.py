@@ -212,24 +212,33 @@ class Study:
             head["views"] = setting.views.names()
         pictures = self.args.pictures and self.args.pictures / _folder(head)
         others = [row for row in self.result[section] if not head.items() <= row.items()]
-        if len(others) < len(self.result[section]) and (section != "synthesis" or not pictures or pictures.is_dir()):
-            return
+        known = next((row for row in self.result[section] if head.items() <= row.items()), None)
+        if known is None or (section == "synthesis" and pictures and not pictures.is_dir()):
+            found = head | self._figures(section, setting, head, pictures)
+        else:
+            found = known
+        timed = self.args.time and section in self.evaluator.timed_fns and setting.views == Views()
+        if timed and "seconds_per_image" not in found:
+            seconds = self.evaluator.seconds_per_image(section, *self.inputs[:3], setting)
+            found = found | {"seconds_per_image": seconds}
+        if found is not known:
+            self.result[section] = [*others, plain(found)]
+            self._write()
+
+    def _figures(
+        self, section: str, setting: Setting, head: dict[str, Any], pictures: pathlib.Path | None
+    ) -> dict[str, Any]:
+        """A row, without its head."""
         title = f"{section}, {setting.solver} {setting.steps}" + (", averaged" if setting.views != Views() else "")
         name = hashlib.sha256(json.dumps([self.protocol, section, head]).encode()).hexdigest()[:32]
         options = {"progress": title, "setting": setting, "keep": self.partial / f"{name}.npz"}
         if section == "segmentation":
-            found = self.evaluator.segmentation(*self.inputs, **options)
-        elif section == "flow":
-            found = self.evaluator.geometry(*self.inputs, **options)
-        else:
-            self.judges.pictures = pictures
-            found = self.evaluator.synthesis(*self.inputs, **options, judge=self.judges.look)
-            found |= self.judges.figures(found.pop("judged"))
-        if self.args.time and section in self.evaluator.timed_fns and setting.views == Views():
-            seconds = self.evaluator.seconds_per_image(section, *self.inputs[:3], setting)
-            found["seconds_per_image"] = seconds
-        self.result[section] = [*others, plain(head | found)]
-        self._write()
+            return self.evaluator.segmentation(*self.inputs, **options)
+        if section == "flow":
+            return self.evaluator.geometry(*self.inputs, **options)
+        self.judges.pictures = pictures
+        found = self.evaluator.synthesis(*self.inputs, **options, judge=self.judges.look)
+        return found | self.judges.figures(found.pop("judged"))
 
     def _external(self) -> None:
         """What another segmenter made of the pictures of each row."""
