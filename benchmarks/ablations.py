@@ -1,11 +1,10 @@
-"""One option changed at a time, from configs/semflow_plus.py, at equal seconds of training on one processor:
+"""One option changed at a time, from configs/semflow_plus.py, at equal steps of training on one processor:
 
-SEMFLOW_SHARED=../shared taskset -c 0 python benchmarks/ablations.py --data camvid --seconds 120 --seeds 0,1,2
+SEMFLOW_SHARED=../shared taskset -c 0 python benchmarks/ablations.py --data camvid --steps 150 --seeds 0,1,2
 
-Seconds of learning a mask code count, those of compilation do not; reflow goes on for as long again with the first
-row's flow, and the seconds of making its pairs don't count. A row's first run finds how many steps that is, for all of
-its seeds. Every run is a line of OUT/DATA.jsonl, and runs that are in it are not run again; the table of all lines is
-printed at the end, and at once with `--seeds ''`.
+Reflow goes on for as long again with the first row's flow. The seconds of training stand in the table, with those of
+learning a mask code and without compilation. Every run is a line of OUT/DATA.jsonl, and runs that are in it are not run
+again; the table of all lines is printed at the end, and at once with `--seeds ''`.
 """
 
 import argparse
@@ -69,59 +68,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="camvid", help="of configs/: camvid, ccp_fashion")
     parser.add_argument("--rows", type=words(tuple(ROWS)), default=list(ROWS), metavar="ROW,ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N")
-    parser.add_argument("--seconds", type=float, default=120, help="of training")
+    parser.add_argument("--steps", type=int, default=150, help="of training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all rows")
-    parser.add_argument("--warmup", type=int, default=12, help="steps by which the speed is measured")
     parser.add_argument("--limit", type=int, default=32, help="test images")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
     return parser.parse_args()
 
 
-def make_config(args: argparse.Namespace, row: str, seed: int, num_steps: int, init: str = "") -> ConfigDict:
+def make_config(args: argparse.Namespace, row: str, seed: int, init: str = "") -> ConfigDict:
     """The config of a run, evaluated by this program alone."""
     c = load_config(REPO / f"configs/semflow_plus.py:{args.data}").unlock()
-    whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), num_steps)
+    whole = dict.fromkeys(("num_steps", "eval_every", "checkpoint_every"), args.steps)
     given = {key: ast.literal_eval(value) for key, value in (text.split("=", 1) for text in args.set)}
     few = {"eval.limit": 2, "eval.num_samples": 2, "sampling.steps": 1}  # the one validation is of no use here
-    fixed = {"seed": seed, "init": init, "cpu_devices": 1, "log_every": min(25, num_steps)} | few
+    fixed = {"seed": seed, "init": init, "cpu_devices": 1, "log_every": min(25, args.steps)} | few
     c.update_from_flattened_dict(ROWS[row] | whole | fixed | given)
     return c.lock()
 
 
-def train(c: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, Any, dict[str, Any]]:
-    """A run that is not kept: the setup, its averaged parameters, and how long it took."""
+def train(c: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, Any, float]:
+    """A run that is not kept: the setup, its averaged parameters, and the seconds that it took."""
     shutil.rmtree(workdir, ignore_errors=True)
     setup = make_setup(c, workdir)
     state = loop.train(setup, workdir)
-    rows = read_metrics(workdir)
-    return setup, state["ema"], loop.summarize(rows) | {"code_seconds": setup.code_seconds}
+    return setup, state["ema"], loop.summarize(read_metrics(workdir))["seconds"] + setup.code_seconds
 
 
-def train_for(
-    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, num_steps: int | None, init: str = ""
-) -> tuple[Setup, Any, dict[str, Any]]:
-    """A run of so many steps, or, where that is not known, of `args.seconds`, as a short run before it foretells."""
-    if num_steps is None:
-        c = make_config(args, row, seed, args.warmup, init)
-        warm = train(c, workdir)[2]
-        left = args.seconds - warm["code_seconds"]
-        num_steps = max(args.warmup, round(left * warm["images_per_second"] / c.batch_size))
-    return train(make_config(args, row, seed, num_steps, init), workdir)
-
-
-def run(
-    args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path, num_steps: dict[str, int]
-) -> dict[str, float]:
-    """Trains for `args.seconds` and evaluates."""
+def run(args: argparse.Namespace, row: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
+    """Trains and evaluates."""
     teacher = ""
     if "reflow.share" in ROWS[row]:
-        setup, params, _ = train_for(args, FIRST, seed, workdir, num_steps.get(FIRST))
+        setup, params, _ = train(make_config(args, FIRST, seed), workdir)
         teacher = str(workdir.with_name(f"{workdir.name}-teacher"))
         SemFlow(setup.model, params, setup.sampler.codec, setup.sampler.code).save_pretrained(teacher)
-    setup, params, found = train_for(args, row, seed, workdir, num_steps.get(row), teacher)
+    setup, params, seconds = train(make_config(args, row, seed, teacher), workdir)
     judges = Judges([load_features(FEATURES, weights(f"{FEATURES}/{FEATURES}_fp32.safetensors"))], None, setup.mesh)
     inputs = params, setup.sampler.frozen, setup.final_split, args.limit
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {"seconds": seconds}
     for steps in SEGMENTATION:
         seen = setup.evaluator.segmentation(*inputs, setting=Setting("euler", steps))
         figures |= {f"miou_{steps}": seen["miou"], f"calibration_{steps}": seen["calibration_error"]}
@@ -130,7 +113,7 @@ def run(
         made = setup.evaluator.synthesis(*inputs, setting=Setting("euler", steps), judge=judges.look)
         figures[f"frechet_{steps}"] = judges.figures(made["judged"])["distances"][FEATURES]["frechet"]
         figures |= {f"resegmentation_{steps}": made["resegmentation_miou"], f"diversity_{steps}": made["diversity"]}
-    return found | figures
+    return figures
 
 
 def weights(name: str) -> pathlib.Path:
@@ -154,7 +137,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         "25 steps ": "frechet_25",
         "re-segmented": "resegmentation_25",
         "diversity": "diversity_25",
-        "steps of training": "steps",
+        "seconds": "seconds",
     }
     text = [f"| | {' | '.join(columns)} | runs |", "|---" * (len(columns) + 2) + "|"]
     for row in ROWS:
@@ -171,17 +154,16 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.data}.jsonl"
-    kind = {"budget": args.seconds, "limit": args.limit, "set": args.set}
+    kind = {"steps": args.steps, "limit": args.limit, "set": args.set}
     for seed in [int(text) for text in args.seeds.split(",") if text]:
         for row in args.rows:
-            lines = [line for line in read(path) if kind.items() <= line.items()]
-            if any(line["row"] == row and line["seed"] == seed for line in lines):
+            key = {"row": row, "seed": seed} | kind
+            if any(key.items() <= line.items() for line in read(path)):
                 continue
-            steps = {line["row"]: line["steps"] for line in lines}
             with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-                found = run(args, row, seed, args.out / f"{args.data}-{os.getpid()}", steps)
+                found = run(args, row, seed, args.out / f"{args.data}-{os.getpid()}")
             with path.open("a") as file:
-                file.write(json.dumps({"row": row, "seed": seed} | kind | found) + "\n")
+                file.write(json.dumps(key | found) + "\n")
             print(row, seed, {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}, flush=True)
             jax.clear_caches()
     print(table(read(path)))
