@@ -44,7 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mask code: spread colours": COLOUR,
     "mask code: balanced spread colours": COLOUR | {"mask_code.balance": "minmax"},
     "mask code: learned both ways": NETWORK,
-    "mask code: learned, 16 noise channels": NETWORK | {"mask_code.learned.noise_channels": 16},
+    "mask code: learned with noise channels": NETWORK | {"mask_code.learned.noise_channels": 16},
     "perturbation: 0.1": {"mask_code.pixel": 0.1},
     "objective: SymmFlow": {"objective": "symmflow"},
     "times: logit-normal": {"loss.time_sampling": "logit_normal"},
