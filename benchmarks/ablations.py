@@ -35,7 +35,7 @@ from semflow_jax.train.writer import read_metrics
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FEATURES = "efficientnet_lite0"
-COLOUR = {"mask_code.name": "colour", "mask_code.pixel": 0.1}
+COLOUR = {"mask_code.name": "colour", "mask_code.pixel": 0.1, "data.mask_draws": 2}  # encoding takes minutes
 FIRST = "semflow_plus"
 NETWORK = {"mask_code.learned.encoder": "network", "mask_code.learned.steps": 300}
 ROWS: dict[str, dict[str, Any]] = {

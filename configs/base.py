@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.data.jitter = 0.0  # strength of random changes of the image's colours, at most 1
     c.data.max_corrupt = 0.001  # share of the training records that may be unreadable and are left out; 0: none
     c.data.latents = False  # encode the training images once; then nothing but flips is possible
+    c.data.mask_draws = 0  # perturbations of each mask that are kept beside them, for colour; 0: a new one at each step
     c.data.num_workers = 0  # processes that decode; 0: threads
 
     c.codec = ConfigDict()

@@ -4,9 +4,9 @@
 
 Kept are mean and, where the codec is a distribution, std, in float16; eps is drawn by the training step, so that every
 epoch samples anew, as with pixels. A crop or another colour would be another image: training from latents only flips.
-Masks are class ids here too, for their perturbation is drawn anew as well; of a mask code that leaves most of its work
-to the codec, the latent before the perturbation is kept beside them. `keep` is the machinery: `reflow.py` keeps more
-with it.
+Masks are class ids here too, for their perturbation is drawn anew as well. Of a mask code that leaves most of its work
+to the codec, latents are kept beside them: one before the perturbation, or, of colours, which are perturbed before the
+codec sees them, some with a perturbation each. `keep` is the machinery: `reflow.py` keeps more with it.
 """
 
 import functools
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from semflow_jax import parallel
+from semflow_jax import noise, parallel
 from semflow_jax.codec import Codec
 from semflow_jax.data.builders import SUFFIX, write_metadata, write_shard
 from semflow_jax.data.chunks import Chunks, alone
@@ -37,15 +37,19 @@ from semflow_jax.sampling import to_float
 EXAMPLES_PER_SHARD = 512
 BATCH_SIZE = 16
 SPLIT = "train"  # the others are evaluated from their pixels
+SEED = 0  # of the perturbations of all masks
 
 Encode = Callable[[dict[str, np.ndarray]], dict[str, Array]]
 
 
-def ensure_latents(data_dir: str, codec: Codec, progress: bool = True, code: MaskCode | None = None) -> str:
+def ensure_latents(
+    data_dir: str, codec: Codec, progress: bool = True, code: MaskCode | None = None, draws: int = 0
+) -> str:
     """The latents of a prepared folder's training images, made where they are missing; where they are.
 
     They are kept inside of `data_dir`, under a digest of the codec's weights. Of masks nothing is kept, but for a
-    `code` whose work is mostly the codec's: then what it embeds, before the perturbation.
+    `code` whose work is mostly the codec's: then what it embeds, once, or in `draws` perturbations where it perturbs
+    before.
 
     Raises:
         UserError: images whose sizes differ, or that the codec can't encode.
@@ -54,18 +58,18 @@ def ensure_latents(data_dir: str, codec: Codec, progress: bool = True, code: Mas
     codec.latent_shape(info.size)
     digest = parallel.digest(codec.params)
     name, key = f"latents-{codec.config['name']}-{digest[:12]}", f"{codec.name} {digest}"
-    embed = None if code is None else code.embed
-    if code is not None and embed is not None:
-        palette = hashlib.sha256(code.colours.tobytes()).hexdigest()
-        name, key = f"{name}-masks-{palette[:12]}", f"{key} {palette}"
-    ids = jnp.asarray(mirrored_ids(256, info.flip_pairs))
+    embed = None
+    if code is not None and num_kept(code, draws):
+        embed = embed_fn(code, draws, info.flip_pairs)
+        amplitudes = [draws, code.config["pixel"], code.config["region"]] if code.perturbs_before else []
+        recipe = hashlib.sha256(f"{amplitudes} {code.colours.tolist()}".encode()).hexdigest()
+        name, key = f"{name}-masks-{recipe[:12]}", f"{key} {recipe}"
 
     @jax.jit
     def encode(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
         found = image_moments(codec, params, batch["image"])
         if embed is not None:
-            f = embed(params, with_mirror(batch["label"], ids[batch["label"][:, :, ::-1]]))
-            found["mask"] = f.reshape(-1, 2, *f.shape[1:]).astype(jnp.float16)
+            found["mask"] = embed(params, batch)
         return found
 
     return keep(data_dir, name, key, functools.partial(encode, codec.params), progress)
@@ -112,6 +116,33 @@ def keep(data_dir: str, name: str, key: str, encode: Encode, progress: bool) -> 
         whole.rename(out_dir)
         shutil.rmtree(partial)
     return str(out_dir)
+
+
+def num_kept(code: MaskCode, draws: int) -> int:
+    """How many latents of a mask are kept: `draws` of a code that perturbs before it embeds, else one; 0: none."""
+    if code.embed is None:
+        return 0
+    return draws if code.perturbs_before else 1
+
+
+def embed_fn(
+    code: MaskCode, draws: int, flip_pairs: Sequence[tuple[int, int]]
+) -> Callable[[Params, dict[str, Array]], Array]:
+    """(codec_params, batch of `keep`) -> what is kept of masks and of their mirror images, float16 [b 2 n hz wz c]."""
+    ids, n = jnp.asarray(mirrored_ids(256, flip_pairs)), num_kept(code, draws)
+
+    def encode(params: Params, batch: dict[str, Array]) -> Array:
+        label = with_mirror(batch["label"], ids[batch["label"][:, :, ::-1]])
+        draw = jnp.arange(2 * n).reshape(2, n) + 2 * n * batch["place"][:, None, None]
+
+        def one(draw: Array) -> Array:
+            assert code.embed is not None
+            return code.embed(params, label, noise.example_keys(jax.random.key(SEED), draw)).astype(jnp.float16)
+
+        found = jax.lax.map(one, draw.reshape(-1, n).T)  # one after another: memory is that of one draw
+        return jnp.moveaxis(found, 0, 1).reshape(*draw.shape, *found.shape[2:])
+
+    return encode
 
 
 def image_moments(codec: Codec, params: Params, image: UInt8[Array, "b h w 3"]) -> dict[str, Array]:

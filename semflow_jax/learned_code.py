@@ -123,8 +123,8 @@ def perturb(
 
 
 def make_embed_fn(codec: Codec, colours: UInt8[np.ndarray, "n 3"]) -> Callable[..., Array]:
-    """(codec_params, label) -> f(label) of the codec, all of its channels."""
-    return lambda codec_params, label: codec.encode(codec_params, palette.colourise(label, colours))
+    """(codec_params, label, key or None) -> f(label) of the codec, all of its channels; no key changes it."""
+    return lambda codec_params, label, key=None: codec.encode(codec_params, palette.colourise(label, colours))
 
 
 def make_learned_fns(

@@ -53,8 +53,9 @@ class MaskCode:
     encode: (params, codec_params, label, key or None) -> z1, perturbed where a key is given.
     logits: (params, codec_params, z1) -> log-probabilities of the classes [b h w n], but for a constant.
     config: what `make_mask_code` builds it from, beside its arrays.
-    embed: (codec_params, label) -> f, where most of the work depends on neither params nor key, so that f can be kept.
+    embed: (codec_params, label, key or None) -> f, the codec's share of the work: without params, for f to be kept.
     finish: (params, f, label, key or None) -> z1, the rest.
+    perturbs_before: whether `embed` draws the perturbation; where there is an `embed`, `finish` does otherwise.
     """
 
     name: str
@@ -63,8 +64,9 @@ class MaskCode:
     encode: Callable[[Params, Params, Array, Key[Array, "..."] | None], Array]
     logits: Callable[[Params, Params, Array], Array]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    embed: Callable[[Params, Array], Array] | None = None
+    embed: Callable[[Params, Array, Key[Array, "..."] | None], Array] | None = None
     finish: Callable[[Params, Array, Array, Key[Array, "..."] | None], Array] | None = None
+    perturbs_before: bool = False
 
     def decode(self, params: Params, codec_params: Params, z1: Array) -> UInt8[Array, "b h w 1"]:
         """z_1 -> the likeliest class ids."""
@@ -97,18 +99,23 @@ def make_colour_code(
     """
     palette.check_amplitudes(colours, pixel, region)
 
-    def encode(params, codec_params, label, key=None):
+    def embed(codec_params, label, key=None):
         mask_rgb = palette.colourise(label, colours)
         if key is not None:
             mask_rgb = palette.perturb(key, mask_rgb, label, len(colours), pixel, region)
-        z1 = codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
-        return params["scale"] * z1 + params["shift"] if params else z1
+        return codec.encode(codec_params, mask_rgb, None)  # the mode: a mask is no photo
+
+    def finish(params, f, label, key=None):
+        return params["scale"] * f + params["shift"] if params else f
+
+    def encode(params, codec_params, label, key=None):
+        return finish(params, embed(codec_params, label, key), label)
 
     def logits(params, codec_params, z1):
         z1 = (z1 - params["shift"]) / params["scale"] if params else z1
         return palette.logits(codec.decode(codec_params, z1), colours)
 
-    return MaskCode("colour", colours, params or {}, encode, logits)
+    return MaskCode("colour", colours, params or {}, encode, logits, {}, embed, finish, perturbs_before=True)
 
 
 def abstract_balance(c: ConfigDict, codec: Codec) -> Abstract:

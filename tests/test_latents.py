@@ -211,12 +211,50 @@ def test_masks_are_kept_for_a_code_of_the_codec(data_dir):
     mirrored = mirror_label(label, load_info(data_dir).flip_pairs)
     assert np.any(mirrored != label[:, ::-1])
     expected = code.embed({}, jnp.stack([label, mirrored]))
-    np.testing.assert_array_equal(kept[0]["mask"], np.asarray(expected, np.float16))
+    np.testing.assert_array_equal(kept[0]["mask"][:, 0], np.asarray(expected, np.float16))
     s = Sampler(lambda *_: None, codec, code)
-    batch = {"label": jnp.asarray(label[None]), "mask": jnp.asarray(kept[0]["mask"][:1])}
+    batch = {"label": jnp.asarray(label[None]), "mask": jnp.asarray(kept[0]["mask"][0])}
     z1 = s.mask_latent(s.frozen, batch, jax.random.key(0))
     np.testing.assert_allclose(z1, s.encode_mask(s.frozen, batch["label"], jax.random.key(0)), atol=5e-3)
     del batch["mask"]
     np.testing.assert_array_equal(
         s.mask_latent(s.frozen, batch, jax.random.key(0)), s.encode_mask(s.frozen, batch["label"], jax.random.key(0))
     )
+
+
+def test_perturbations_are_kept_of_colours(data_dir):
+    """Each of a mask and of its mirror image is another, as large as those of a step, which takes one of them."""
+    codec, code = make_codec("patch"), make_code(make_codec("patch"))
+    plain = ensure_latents(data_dir, codec, progress=False, code=code)
+    assert plain == ensure_latents(data_dir, codec, progress=False)
+    place = ensure_latents(data_dir, codec, progress=False, code=code, draws=3)
+    assert len({plain, place, ensure_latents(data_dir, codec, progress=False, code=code, draws=2)}) == 3
+    records, kept = open_records(data_dir, "train"), open_records(place, "train")
+    mirrored = mirror_label(records[0]["label"], load_info(data_dir).flip_pairs)
+    s = Sampler(lambda *_: None, codec, code)
+    for side, label in enumerate((records[0]["label"], mirrored)):
+        noise = kept[0]["mask"][side] - np.asarray(s.encode_mask(s.frozen, jnp.asarray(label[None])))
+        assert noise.shape == (3, SIZE[0] // 2, SIZE[1] // 2, 12)
+        assert np.abs(noise).max() == pytest.approx(0.05, rel=0.1)  # 0.1 (U - 0.5)
+        assert np.abs(noise[0] - noise[1]).max() > 0.05 and np.abs(noise[0] - noise[2]).max() > 0.05
+    of_label = {x["label"].tobytes(): x["mask"] for x in (kept[i] for i in range(len(kept)))}
+    chosen = set()
+    with make_train_iterator(place, 4, seed=1) as batches:
+        for _ in range(20):
+            batch = {name: jnp.asarray(x) for name, x in next(batches).items() if name in ("mask", "label")}
+            z1 = np.asarray(s.mask_latent(s.frozen, batch, jax.random.key(0)))
+            for mask, label in zip(z1, np.asarray(batch["label"]), strict=True):
+                known = of_label.get(label.tobytes())
+                if known is not None:  # and not mirrored
+                    chosen |= {n for n in range(3) if np.array_equal(known[0, n], mask)}
+    assert chosen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data.mask_draws": -1}, {"data.mask_draws": 2}, {"data.mask_draws": 2, "mask_code.name": "linear"}],
+)
+def test_draws_that_nothing_keeps_are_refused(data_dir, tmp_path, changes):
+    changes = {"data.latents": "mask_code.name" in changes, "codec.whiten": 0.0} | changes
+    with pytest.raises(UserError, match="data.mask_draws: 0, or above it with data.latents and 'colour', got"):
+        make_setup(make_config(data_dir, **changes), tmp_path)

@@ -93,6 +93,12 @@ def test_kept_latents_of_a_reduced_network(codec, moments):
     assert sizes(state["params"]) < 0.7 * 859_520_964
 
 
+def test_kept_masks():
+    c = load("coco_stuff", **{"data.latents": True, "batch_size": 8, "codec.name": "taesd", "data.mask_draws": 2})
+    batch = make_programs(c, jax.devices()[:1], 171, reduced=True)["train"]().args[2]
+    assert batch["mask"].shape == batch["mean"].shape and set(batch) == {"mean", "mask", "label", "index"}
+
+
 def test_numbers_of_classes():
     assert NUM_CLASSES["coco_stuff"] == 171 and NUM_CLASSES["cityscapes"] == 19 and NUM_CLASSES["ade20k"] == 150
     with pytest.raises(UserError, match="--classes: the number of classes needed, data 'folder'"):

@@ -33,8 +33,9 @@ THREADS_OF_WORKER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 class TrainBatches:
     """Endless batches {"image": uint8 [b h w 3], "label": uint8 [b h w 1], "index": int32 [b]} of a stream; read ahead
     in the background. Of a cache of latents they hold "mean", and "std" of codecs that have one, float16 [b hz wz c],
-    for the image, and "draw", int32 [b], where a flow's own latents are kept, see `transforms.OwnPair`. The index is an
-    example's place in the batch of all processes.
+    for the image, "mask" beside the label where latents of masks are kept, see `latents.py`, and "draw", int32 [b],
+    where a flow's own latents are kept, see `transforms.OwnPair`. The index is an example's place in the batch of all
+    processes.
 
     Process p of n takes every n-th example, from p on: what all of them get at a time are the next examples of the
     stream. Close it, or use it as a context; worker processes end then.

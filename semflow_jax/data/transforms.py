@@ -39,7 +39,10 @@ class RandomFlip(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class LatentFlip(grain.transforms.RandomMap):
-    """`RandomFlip` of latents: takes those of the mirror image with probability `p`, and those of the image else."""
+    """`RandomFlip` of latents: takes those of the mirror image with probability `p`, and those of the image else.
+
+    Of the perturbations that were kept of a mask, it takes one.
+    """
 
     p: float = 0.5
     flip_pairs: tuple[tuple[int, int], ...] = ()
@@ -48,6 +51,8 @@ class LatentFlip(grain.transforms.RandomMap):
         mirrored = int(rng.random() < self.p)
         label = mirror_label(element["label"], self.flip_pairs) if mirrored else element["label"]
         kept = {name: element[name][mirrored] for name in KEPT if name in element}
+        if "mask" in kept:
+            kept["mask"] = kept["mask"][rng.integers(len(kept["mask"]))]
         return element | kept | {"label": label}
 
 

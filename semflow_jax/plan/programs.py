@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from semflow_jax import learned_code, parallel
+from semflow_jax import latents, learned_code, parallel
 from semflow_jax.codec import Codec, load_codec, make_kl_codec, make_patch_codec, make_tiny_codec
 from semflow_jax.coupling import couple
 from semflow_jax.data.records import load_info
@@ -114,6 +114,9 @@ def make_programs(
             kept = _abstract_moments(sampler.codec, batch.pop("image"))
             if c.reflow.share:
                 kept["draw"] = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32)
+            elif sampler.code.embed is not None and latents.num_kept(sampler.code, c.data.mask_draws):
+                f = jax.eval_shape(sampler.code.embed, frozen["codec"], batch["label"], None)
+                kept["mask"] = jax.ShapeDtypeStruct(f.shape, jnp.float16)
             batch |= _place(kept, {name: parallel.batch_sharding(mesh) for name in kept})
         return Program("train", step, (state, frozen, batch, key), (0,), c.batch_size, None)
 

@@ -104,7 +104,9 @@ def make_setup(c: ConfigDict, workdir: pathlib.Path) -> Setup:
 def _train_dir(c: ConfigDict, data_dir: str, start: Start, sampler: Sampler) -> str:
     if c.reflow.share:
         return reflow.ensure_pairs(data_dir, sampler, start.unet, start.make_params(), c.reflow)
-    return ensure_latents(data_dir, sampler.codec, code=sampler.code) if c.data.latents else data_dir
+    if not c.data.latents:
+        return data_dir
+    return ensure_latents(data_dir, sampler.codec, code=sampler.code, draws=c.data.mask_draws)
 
 
 def begin(s: Setup, workdir: pathlib.Path) -> None:
@@ -175,6 +177,11 @@ def check_values(c: ConfigDict) -> None:
     mask_code.check(c.mask_code)
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
+    if c.data.mask_draws < 0 or (c.data.mask_draws and not (c.data.latents and c.mask_code.name == "colour")):
+        found = f"{c.data.mask_draws} with data.latents {c.data.latents} and mask_code.name {c.mask_code.name!r}"
+        raise UserError(
+            f"data.mask_draws: 0, or above it with data.latents and 'colour', got {found}; change one of them"
+        )
     reflow.check(c.reflow)
     if c.reflow.share and c.objective != "semflow":
         raise UserError(f"reflow.share: 0 with objective {c.objective!r}, got {c.reflow.share}; change one of them")
