@@ -53,7 +53,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "loss: pseudo-Huber": {"loss.kind": "huber"},
     "loss: void pixels too": {"loss.mask_void": False},
     "average of weights: none": {"optim.ema": 0.0},
-    "average of weights: longer": {"optim.ema": 0.999},
     "few steps: shortcut": {"model.intervals": True, "loss.shortcut_every": 4},
     "few steps: reflow": {"reflow.share": 0.5, "reflow.steps": 8},
     "sampling: class-balanced": {"data.balance": 0.5},
