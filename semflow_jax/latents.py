@@ -58,18 +58,19 @@ def ensure_latents(
     codec.latent_shape(info.size)
     digest = parallel.digest(codec.params)
     name, key = f"latents-{codec.config['name']}-{digest[:12]}", f"{codec.name} {digest}"
-    embed = None
-    if code is not None and num_kept(code, draws):
-        embed = embed_fn(code, draws, info.flip_pairs)
+    num = 0 if code is None else num_kept(code, draws)
+    embed = code.embed if code is not None and num else None
+    if code is not None and embed is not None:
         amplitudes = [draws, code.config["pixel"], code.config["region"]] if code.perturbs_before else []
         recipe = hashlib.sha256(f"{amplitudes} {code.colours.tolist()}".encode()).hexdigest()
         name, key = f"{name}-masks-{recipe[:12]}", f"{key} {recipe}"
+    ids = mirrored_ids(256, info.flip_pairs)
 
     @jax.jit
     def encode(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
         found = image_moments(codec, params, batch["image"])
         if embed is not None:
-            found["mask"] = embed(params, batch)
+            found["mask"] = of_draws(functools.partial(embed, params), batch, ids, SEED, num)[0]
         return found
 
     return keep(data_dir, name, key, functools.partial(encode, codec.params), progress)
@@ -125,24 +126,25 @@ def num_kept(code: MaskCode, draws: int) -> int:
     return draws if code.perturbs_before else 1
 
 
-def embed_fn(
-    code: MaskCode, draws: int, flip_pairs: Sequence[tuple[int, int]]
-) -> Callable[[Params, dict[str, Array]], Array]:
-    """(codec_params, batch of `keep`) -> what is kept of masks and of their mirror images, float16 [b 2 n hz wz c]."""
-    ids, n = jnp.asarray(mirrored_ids(256, flip_pairs)), num_kept(code, draws)
+def of_draws(
+    fn: Callable[[Array, Array], Array], batch: dict[str, Array], ids: UInt8[np.ndarray, " n"], seed: int, num: int
+) -> tuple[Array, Array]:
+    """`num` latents of each mask and of its mirror image, float16 [b 2 num hz wz c], and the numbers of their draws.
 
-    def encode(params: Params, batch: dict[str, Array]) -> Array:
-        label = with_mirror(batch["label"], ids[batch["label"][:, :, ::-1]])
-        draw = jnp.arange(2 * n).reshape(2, n) + 2 * n * batch["place"][:, None, None]
+    Args:
+        fn: (label, keys, one for each) -> latents of masks.
+        batch: of `keep`.
+        ids: the class that each is in the mirror.
+        seed: from which, with a draw's number, its key is made.
+    """
+    label = with_mirror(batch["label"], jnp.asarray(ids)[batch["label"][:, :, ::-1]])
+    draw = jnp.arange(2 * num).reshape(2, num) + 2 * num * batch["place"][:, None, None]
 
-        def one(draw: Array) -> Array:
-            assert code.embed is not None
-            return code.embed(params, label, noise.example_keys(jax.random.key(SEED), draw)).astype(jnp.float16)
+    def one(draw: Array) -> Array:
+        return fn(label, noise.example_keys(jax.random.key(seed), draw))
 
-        found = jax.lax.map(one, draw.reshape(-1, n).T)  # one after another: memory is that of one draw
-        return jnp.moveaxis(found, 0, 1).reshape(*draw.shape, *found.shape[2:])
-
-    return encode
+    found = jax.lax.map(one, draw.reshape(-1, num).T)  # one after another: memory is that of one draw
+    return jnp.moveaxis(found, 0, 1).reshape(*draw.shape, *found.shape[2:]).astype(jnp.float16), draw
 
 
 def image_moments(codec: Codec, params: Params, image: UInt8[Array, "b h w 3"]) -> dict[str, Array]:

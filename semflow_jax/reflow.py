@@ -74,15 +74,12 @@ def _encode(
     Args:
         ids: the class that each is in the mirror.
     """
-    label = latents.with_mirror(batch["label"], jnp.asarray(ids)[batch["label"][:, :, ::-1]])
-    draw = jnp.arange(2 * c.draws).reshape(2, c.draws) + 2 * c.draws * batch["place"][:, None, None]
 
-    def integrate(draw: Int[Array, " n"]) -> Array:
-        z1 = sampler.encode_mask(frozen, label, noise.example_keys(jax.random.key(SEED), draw))
+    def integrate(label: Array, keys: Key[Array, " n"]) -> Array:
+        z1 = sampler.encode_mask(frozen, label, keys)
         return sampler.to_image(params, frozen, z1, c.steps, SOLVER)
 
-    own = jax.lax.map(integrate, draw.reshape(-1, c.draws).T)  # one after another: memory is that of one draw
-    own = jnp.moveaxis(own, 0, 1).reshape(*draw.shape, *own.shape[2:]).astype(jnp.float16)
+    own, draw = latents.of_draws(integrate, batch, ids, SEED, c.draws)
     moments = latents.image_moments(sampler.codec, frozen["codec"], batch["image"])
     return moments | {"own": own, "draw": draw.astype(jnp.int32)}
 

@@ -114,9 +114,8 @@ def make_programs(
             kept = _abstract_moments(sampler.codec, batch.pop("image"))
             if c.reflow.share:
                 kept["draw"] = jax.ShapeDtypeStruct((c.batch_size,), jnp.int32)
-            elif sampler.code.embed is not None and latents.num_kept(sampler.code, c.data.mask_draws):
-                f = jax.eval_shape(sampler.code.embed, frozen["codec"], batch["label"], None)
-                kept["mask"] = jax.ShapeDtypeStruct(f.shape, jnp.float16)
+            elif latents.num_kept(sampler.code, c.data.mask_draws):
+                kept["mask"] = kept["mean"]
             batch |= _place(kept, {name: parallel.batch_sharding(mesh) for name in kept})
         return Program("train", step, (state, frozen, batch, key), (0,), c.batch_size, None)
 
