@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     c.optim.flatten = False  # moments in one vector: compiles faster; with mesh.fsdp and mesh.tensor 1 only
 
     c.sampling = ConfigDict()
-    c.sampling.solver = "euler"  # euler | heun | midpoint | tsit5
+    c.sampling.solver = "euler"  # euler | adams | heun | midpoint | tsit5
     c.sampling.steps = 25
 
     c.eval = ConfigDict()

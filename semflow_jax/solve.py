@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from semflow_jax.adams import AdamsBashforth2
 from semflow_jax.errors import UserError
 
 VelocityFn = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 
-FIXED = {"euler": diffrax.Euler, "heun": diffrax.Heun, "midpoint": diffrax.Midpoint}
+FIXED = {"euler": diffrax.Euler, "adams": AdamsBashforth2, "heun": diffrax.Heun, "midpoint": diffrax.Midpoint}
 SOLVERS = (*FIXED, "tsit5")
 TOLERANCE = 1e-3  # of the adaptive solver, absolute and relative
 MAX_ADAPTIVE_STEPS = 256

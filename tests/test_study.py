@@ -173,7 +173,7 @@ def test_devices_do_not_matter(saved, data, tmp_path):
     [
         (["--steps", "0"], "argument --steps: invalid list of positive numbers value: '0'"),
         (["--steps", "1,x"], "argument --steps: invalid list of positive numbers value: '1,x'"),
-        (["--solver", "euler,magic"], "argument --solver: of euler, heun, midpoint, tsit5, with commas"),
+        (["--solver", "euler,magic"], "argument --solver: of euler, adams, heun, midpoint, tsit5, with commas"),
         (["--num-samples", "1"], "--num-samples: at least 2, got 1"),
         (["--limit", "0"], "--limit: at least 1, got 0"),
         (["--features", "inception_fid=/nowhere.pth"], "/nowhere.pth: must be the weights of inception_fid"),
