@@ -252,9 +252,14 @@ def test_perturbations_are_kept_of_colours(data_dir):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"data.mask_draws": -1}, {"data.mask_draws": 2}, {"data.mask_draws": 2, "mask_code.name": "linear"}],
+    [
+        {"data.mask_draws": -1},
+        {"data.mask_draws": 2},
+        {"data.mask_draws": 2, "mask_code.name": "linear"},
+        {"data.mask_draws": 2, "mask_code.name": "colour", "reflow.share": 0.5},
+    ],
 )
 def test_draws_that_nothing_keeps_are_refused(data_dir, tmp_path, changes):
     changes = {"data.latents": "mask_code.name" in changes, "codec.whiten": 0.0} | changes
-    with pytest.raises(UserError, match="data.mask_draws: 0, or above it with data.latents and 'colour', got"):
+    with pytest.raises(UserError, match="data.mask_draws: 0, or above it with data.latents, 'colour' and no"):
         make_setup(make_config(data_dir, **changes), tmp_path)

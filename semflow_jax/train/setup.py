@@ -177,10 +177,12 @@ def check_values(c: ConfigDict) -> None:
     mask_code.check(c.mask_code)
     if c.mask_code.name == "learned":
         learned_code.check(c.mask_code)
-    if c.data.mask_draws < 0 or (c.data.mask_draws and not (c.data.latents and c.mask_code.name == "colour")):
-        found = f"{c.data.mask_draws} with data.latents {c.data.latents} and mask_code.name {c.mask_code.name!r}"
+    masks_kept = c.data.latents and c.mask_code.name == "colour" and not c.reflow.share
+    if c.data.mask_draws < 0 or (c.data.mask_draws and not masks_kept):
+        others = f"data.latents {c.data.latents}, mask_code.name {c.mask_code.name!r}, reflow.share {c.reflow.share}"
         raise UserError(
-            f"data.mask_draws: 0, or above it with data.latents and 'colour', got {found}; change one of them"
+            f"data.mask_draws: 0, or above it with data.latents, 'colour' and no reflow, got {c.data.mask_draws} with "
+            f"{others}; change one of them"
         )
     reflow.check(c.reflow)
     if c.reflow.share and c.objective != "semflow":
