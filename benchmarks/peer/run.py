@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", type=words(SIDES), default=list(SIDES), metavar="A,B", help=", ".join(SIDES))
     parser.add_argument("--seeds", type=numbers(int), default=[0], metavar="N,N")
     parser.add_argument("--steps", type=numbers(int), default=[25], metavar="N,N", help="of Euler, for all")
+    parser.add_argument("--adams", type=numbers(int), default=[], metavar="N,N", help="of Adams-Bashforth, for ours")
     parser.add_argument("--limit", type=int, help="test images; default: all")
     parser.add_argument("--num-samples", type=int, default=2, help="images of each mask")
     parser.add_argument("--draws", type=int, default=4, help="perturbations of each mask that the peers learn from")
@@ -119,14 +120,14 @@ class Race:
             self.call(cores, "benchmarks/peer/official.py", self.latents, folder, *recipe, "--threads", len(cores))
         if not (folder / "export").is_dir():
             self.call(cores, "benchmarks/peer/bridge.py", "adopt", self.config, self.latents, folder)
-        self.evaluate(folder, cores)
+        self.evaluate(side, folder, cores)
 
     def ours(self, side: str, folder: pathlib.Path, seed: int, cores: list[int]) -> None:
         if not (folder / "train.json").is_file():
             found = self.train_ours(folder, seed, self.num_steps(folder, seed, cores), cores)
             found["seconds"] += found["code_seconds"]
             (folder / "train.json").write_text(json.dumps(found, indent=1))
-        self.evaluate(folder, cores)
+        self.evaluate(side, folder, cores)
 
     def num_steps(self, folder: pathlib.Path, seed: int, cores: list[int]) -> int:
         """Those of another seed's run; for the first, as many as a short run says that the budget has time for."""
@@ -154,38 +155,49 @@ class Race:
     def config_of(self, folder: pathlib.Path) -> dict:
         return json.loads((folder / "config.json").read_text())
 
-    def evaluate(self, folder: pathlib.Path, cores: list[int]) -> None:
+    def rows(self, side: str) -> list[tuple[str, int]]:
+        """Solvers and steps. The official recipe has Euler alone."""
+        more = self.args.adams if side == "ours" else []
+        return [("euler", n) for n in self.args.steps] + [("adams", n) for n in more]
+
+    def evaluate(self, side: str, folder: pathlib.Path, cores: list[int]) -> None:
         """Writes folder/result.json; with the outside judge's opinion, where it knows the classes."""
         args, data_dir = self.args, json.loads((self.latents / "data.json").read_text())["dir"]
-        command = ["-m", "semflow_jax.cli", "evaluate", "--checkpoint", folder, "--data", data_dir, "--solver", "euler"]
-        command += ["--steps", ",".join(map(str, args.steps)), "--sections", "segmentation,synthesis"]
+        command = ["-m", "semflow_jax.cli", "evaluate", "--checkpoint", folder, "--data", data_dir]
+        command += ["--sections", "segmentation,synthesis"]
         command += ["--features", f"{FEATURES}={self.weights / FEATURES / f'{FEATURES}_fp32.safetensors'}"]
         command += ["--time", "--num-samples", args.num_samples, "--out", folder / "result.json"]
         command += ["--limit", args.limit] if args.limit else []
-        if args.data != "camvid":
+        judged = args.data == "camvid"
+        command += ["--pictures", folder / "pictures"] if judged else []
+        commands = [
+            [*command, "--solver", solver, "--steps", ",".join(str(steps) for _, steps in rows)]
+            for solver, rows in itertools.groupby(self.rows(side), lambda row: row[0])
+        ]
+        for command in commands:
             self.call(cores, *command)
+        if not judged:
             return
-        self.call(cores, *command, "--pictures", folder / "pictures")
-        for steps in args.steps:
-            name, judge = f"euler-{steps}", self.weights / "espnet" / ESPNET
+        for solver, steps in self.rows(side):
+            name, judge = f"{solver}-{steps}", self.weights / "espnet" / ESPNET
             places = folder / "pictures" / name, folder / "predictions" / name
             if not places[1].is_dir():
                 self.call(cores, "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
-        self.call(cores, *command, "--pictures", folder / "pictures", "--predictions", folder / "predictions")
+        self.call(cores, *commands[-1], "--predictions", folder / "predictions")
 
     def table(self) -> str:
         """Means over the runs of each side, and how far they spread, by the number of steps."""
-        lines = ["| | Euler steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+        lines = ["| | steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
         notes = []
         for side in SIDES:
             folders = [path.parent for path in sorted(self.out.glob(f"{side}-*/result.json"))]
             if not folders:
                 continue
             results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-            for steps in self.args.steps:
-                pairs = [[pick(result[part], steps) for part in ("segmentation", "synthesis")] for result in results]
+            for row in self.rows(side):
+                pairs = [[pick(result[part], *row) for part in ("segmentation", "synthesis")] for result in results]
                 cells = [mean_and_spread([figure(*pair) for pair in pairs]) for figure in COLUMNS.values()]
-                lines.append(f"| {side} | {steps} | " + " | ".join(cells) + " |")
+                lines.append(f"| {side} | {row[0].capitalize()}, {row[1]} | " + " | ".join(cells) + " |")
             trained = [json.loads((folder / "train.json").read_text()) for folder in folders]
             figures = {key: mean_and_spread([x[key] for x in trained], "{:.0f}") for key in ("seconds", "steps")}
             notes.append(
@@ -195,8 +207,8 @@ class Race:
         return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def pick(rows: list[dict], steps: int) -> dict:
-    return next(row for row in rows if row["steps"] == steps)
+def pick(rows: list[dict], solver: str, steps: int) -> dict:
+    return next(row for row in rows if (row["solver"], row["steps"]) == (solver, steps))
 
 
 def main() -> None:
