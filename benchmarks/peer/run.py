@@ -27,6 +27,7 @@ FEATURES = "efficientnet_lite0"
 ESPNET = "espnet_p_2_q_8_camvid.safetensors"
 PEERS = {"official": ("5e-5", "32"), "tuned": ("1e-3", "16")}  # learning rate and batch size
 SIDES = (*PEERS, "ours")
+PARTS = ("segmentation", "synthesis")
 COLUMNS = {  # of a row of segmentation and one of synthesis
     "mIoU": lambda seg, syn: seg["miou"],
     "its ceiling": lambda seg, syn: seg["codec_ceiling_miou"],
@@ -164,7 +165,7 @@ class Race:
         """Writes folder/result.json; with the outside judge's opinion, where it knows the classes."""
         args, data_dir = self.args, json.loads((self.latents / "data.json").read_text())["dir"]
         command = ["-m", "semflow_jax.cli", "evaluate", "--checkpoint", folder, "--data", data_dir]
-        command += ["--sections", "segmentation,synthesis"]
+        command += ["--sections", ",".join(PARTS)]
         command += ["--features", f"{FEATURES}={self.weights / FEATURES / f'{FEATURES}_fp32.safetensors'}"]
         command += ["--time", "--num-samples", args.num_samples, "--out", folder / "result.json"]
         command += ["--limit", args.limit] if args.limit else []
@@ -185,30 +186,36 @@ class Race:
                 self.call(cores, "benchmarks/espnet_predict.py", *places, "--weights", judge, "--glob", "*-0.png")
         self.call(cores, *commands[-1], "--predictions", folder / "predictions")
 
+    def is_whole(self, side: str, result: dict) -> bool:
+        """Rows are written as they are done, and another run may be under way."""
+        return all(pick(result[part], *row) for part in PARTS for row in self.rows(side))
+
     def table(self) -> str:
         """Means over the runs of each side, and how far they spread, by the number of steps."""
         lines = ["| | steps | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
         notes = []
         for side in SIDES:
-            folders = [path.parent for path in sorted(self.out.glob(f"{side}-*/result.json"))]
-            if not folders:
+            found = {
+                path.parent: json.loads(path.read_text()) for path in sorted(self.out.glob(f"{side}-*/result.json"))
+            }
+            runs = {folder: result for folder, result in found.items() if self.is_whole(side, result)}
+            if not runs:
                 continue
-            results = [json.loads((folder / "result.json").read_text()) for folder in folders]
             for row in self.rows(side):
-                pairs = [[pick(result[part], *row) for part in ("segmentation", "synthesis")] for result in results]
+                pairs = [[pick(result[part], *row) for part in PARTS] for result in runs.values()]
                 cells = [mean_and_spread([figure(*pair) for pair in pairs]) for figure in COLUMNS.values()]
                 lines.append(f"| {side} | {row[0].capitalize()}, {row[1]} | " + " | ".join(cells) + " |")
-            trained = [json.loads((folder / "train.json").read_text()) for folder in folders]
+            trained = [json.loads((folder / "train.json").read_text()) for folder in runs]
             figures = {key: mean_and_spread([x[key] for x in trained], "{:.0f}") for key in ("seconds", "steps")}
             notes.append(
-                f"{side}: {len(folders)} runs, {trained[0]['num_params']:,} parameters, "
+                f"{side}: {len(runs)} runs, {trained[0]['num_params']:,} parameters, "
                 f"{figures['seconds']} seconds of training, {figures['steps']} steps"
             )
         return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def pick(rows: list[dict], solver: str, steps: int) -> dict:
-    return next(row for row in rows if (row["solver"], row["steps"]) == (solver, steps))
+    return next((row for row in rows if (row["solver"], row["steps"]) == (solver, steps)), {})
 
 
 def main() -> None:
