@@ -1,5 +1,5 @@
 """How near to held-out photos others are by Fréchet distance, for scale: those of the training split, and themselves
-through an image codec and back. What models make can hardly be nearer than both.
+through an image codec and back.
 
 python benchmarks/photos.py --data DIR --features efficientnet_lite0=FILE --codec taef2 --weights FILE --limit 64
 
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 def moments(net: FeatureNet, images: np.ndarray) -> Moments:
-    """Of the features, image by image of a padded batch, so that one program does all."""
+    """Of the features; the last batch is filled up, so that one program does all."""
     features = jax.jit(net.features)
     found = Moments.empty(net.dim)
     for begin in range(0, len(images), BATCH):

@@ -261,5 +261,6 @@ def test_perturbations_are_kept_of_colours(data_dir):
 )
 def test_draws_that_nothing_keeps_are_refused(data_dir, tmp_path, changes):
     changes = {"data.latents": "mask_code.name" in changes, "codec.whiten": 0.0} | changes
-    with pytest.raises(UserError, match="data.mask_draws: 0, or above it with data.latents, 'colour' and no"):
+    rule = "data.mask_draws: 0, or above it with data.latents, 'colour' and no reflow, got"
+    with pytest.raises(UserError, match=rule):
         make_setup(make_config(data_dir, **changes), tmp_path)

@@ -53,12 +53,15 @@ def test_a_straight_path_is_exact_in_any_number_of_steps(solver):
     np.testing.assert_allclose(solve.mask_to_image(constant, z, 7, solver), z - constant(z, 0), atol=2e-6)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("adams", 2), ("heun", 2), ("midpoint", 2)])
+@pytest.mark.parametrize(
+    ("solver", "order", "steps"),
+    [("euler", 1, 16), ("heun", 2, 16), ("midpoint", 2, 16), ("adams", 2, 32)],  # the first step of adams is Euler's
+)
 @pytest.mark.parametrize(("direction", "end"), [("to_mask", math.e), ("to_image", 1 / math.e)])
-def test_order_of_convergence(solver, order, direction, end):
+def test_order_of_convergence(solver, order, steps, direction, end):
     """Halving the step divides the error by 2^order."""
     z = jnp.ones((1, 1, 1, 1))
-    coarse, fine = (abs(float(BOTH[direction](linear, z, n, solver)[0, 0, 0, 0]) - end) for n in (32, 64))
+    coarse, fine = (abs(float(BOTH[direction](linear, z, n, solver)[0, 0, 0, 0]) - end) for n in (steps, 2 * steps))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.08)
 
 
