@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from semflow_jax.codec import load_codec
 from semflow_jax.data.records import count_records, final_split, open_records, spread_indices
 from semflow_jax.evaluate.distances import Moments, frechet_distance
-from semflow_jax.evaluate.features import FeatureNet, load_features
+from semflow_jax.evaluate.features import FeatureNet, load_features, name_and_file
 from semflow_jax.sampling import to_float, to_uint8
 
 BATCH = 16
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--weights", type=pathlib.Path, required=True)
     parser.add_argument("--limit", type=int, help="default: as many as the test split has")
     args = parser.parse_args()
-    name, _, file = args.features.partition("=")
-    net = load_features(name, pathlib.Path(file))
+    net = load_features(*name_and_file(args.features))
     codec = load_codec(ConfigDict({"name": args.codec, "path": str(args.weights)}))
     last = open_records(args.data, final_split(count_records(args.data)))
     train = open_records(args.data, "train")
@@ -51,7 +50,7 @@ def main() -> None:
     there_and_back = jax.jit(lambda params, x: to_uint8(codec.decode(params, codec.encode(params, to_float(x), None))))
     again = np.concatenate([np.asarray(there_and_back(codec.params, x[None])) for x in held_out])
     goal = moments(net, held_out)
-    print(f"{num} photos, {name}\n\n| to held-out photos from | Fréchet distance |\n|---|---|")
+    print(f"{num} photos, {net.name}\n\n| to held-out photos from | Fréchet distance |\n|---|---|")
     print(f"| training photos | {frechet_distance(goal, moments(net, others)):.1f} |")
     print(f"| themselves through {codec.name} | {frechet_distance(goal, moments(net, again)):.1f} |")
 

@@ -156,10 +156,14 @@ class Race:
     def config_of(self, folder: pathlib.Path) -> dict:
         return json.loads((folder / "config.json").read_text())
 
+    def solvers(self, side: str) -> dict[str, list[int]]:
+        """Each with its numbers of steps. The official recipe has Euler alone."""
+        adams = {"adams": self.args.adams} if side == "ours" and self.args.adams else {}
+        return {"euler": self.args.steps} | adams
+
     def rows(self, side: str) -> list[tuple[str, int]]:
-        """Solvers and steps. The official recipe has Euler alone."""
-        more = self.args.adams if side == "ours" else []
-        return [("euler", n) for n in self.args.steps] + [("adams", n) for n in more]
+        """Solver and steps of each row of a result."""
+        return [(solver, steps) for solver, many in self.solvers(side).items() for steps in many]
 
     def evaluate(self, side: str, folder: pathlib.Path, cores: list[int]) -> None:
         """Writes folder/result.json; with the outside judge's opinion, where it knows the classes."""
@@ -172,8 +176,8 @@ class Race:
         judged = args.data == "camvid"
         command += ["--pictures", folder / "pictures"] if judged else []
         commands = [
-            [*command, "--solver", solver, "--steps", ",".join(str(steps) for _, steps in rows)]
-            for solver, rows in itertools.groupby(self.rows(side), lambda row: row[0])
+            [*command, "--solver", solver, "--steps", ",".join(map(str, steps))]
+            for solver, steps in self.solvers(side).items()
         ]
         for command in commands:
             self.call(cores, *command)

@@ -133,6 +133,12 @@ def _check_there(path: Path, what: str, url: str) -> None:
         raise UserError(f"{path}: must be the weights of {what}, found no file: download {url} to there")
 
 
+def name_and_file(text: str) -> tuple[str, pathlib.Path]:
+    """'NET=FILE' of a command line; environment variables in the file's name expand."""
+    name, _, path = text.partition("=")
+    return name, pathlib.Path(os.path.expandvars(path))
+
+
 def load_features(name: str, path: Path) -> FeatureNet:
     """A network of features with the weights of a file.
 

@@ -26,7 +26,7 @@ from semflow_jax.data.prepare import ensure
 from semflow_jax.data.records import count_records, final_split, load_info
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.external import score_predictions
-from semflow_jax.evaluate.features import FEATURE_NETS, LPIPS_NETS, load_features, load_lpips
+from semflow_jax.evaluate.features import FEATURE_NETS, LPIPS_NETS, load_features, load_lpips, name_and_file
 from semflow_jax.evaluate.judges import Judges
 from semflow_jax.evaluate.output import plain, write_json
 from semflow_jax.evaluate.runner import Evaluator, Setting
@@ -97,17 +97,12 @@ def run(args: argparse.Namespace) -> None:
     c = flow.evaluation(args.batch_size, num_samples=args.num_samples)
     c.seed = args.seed
     evaluator = Evaluator(flow.sampler, data_dir, info, mesh, c, flow.info.size, flow.codec.factor * flow.unet.factor)
-    judges = Judges([_load_net(text) for text in args.features], _load_lpips(args.lpips), mesh)
+    judges = Judges([load_features(*name_and_file(text)) for text in args.features], _load_lpips(args.lpips), mesh)
     study = Study(args, flow, evaluator, judges, args.split or final_split(count_records(data_dir)))
     result = study.run(_settings(args, flow))
     if jax.process_index() == 0:
         print(_table(result))
         print(f"result: {args.out}")
-
-
-def _load_net(text: str):
-    name, _, path = text.partition("=")
-    return load_features(name, pathlib.Path(os.path.expandvars(path)))
 
 
 def _load_lpips(text: str | None):
