@@ -403,7 +403,7 @@ print(json.dumps({"peak": max(peaks) - start, "end": anonymous() - start, "sampl
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_loading_keeps_one_tensor_twice(tmp_path):
-    """Beyond the weights and a copy of the largest tensor, 150 MB at most: buffers, and what malloc keeps for later."""
+    """Beyond the weights and a copy of the largest tensor, 75 MB at most of buffers and libraries."""
     config = UNetConfig(block_out_channels=(320, 640), attention=(True, True), num_heads=(8, 8), layers_per_block=2)
     shapes = {path: x.shape for path, x in abstract_unet(config).items()}
     tensors = to_torch_order({path: np.ones(shape, np.float32) for path, shape in shapes.items()}, "float32")
@@ -411,17 +411,14 @@ def test_loading_keeps_one_tensor_twice(tmp_path):
     save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
     total, largest = (function(x.nbytes for x in tensors.values()) / 2**20 for function in (sum, max))
     del tensors
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        timeout=300,
-    )
+    # A fixed threshold, or glibc keeps up to 200 MB of what was freed, by luck, and that is not what is measured.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     peak, end = found["peak"] / 2**10, found["end"] / 2**10
     print(f"weights {total:.0f} MB, largest {largest:.0f}; peak {peak:.0f}, end {end:.0f}, {found['samples']} samples")
     assert found["samples"] > 20
     assert total * 0.95 < end
-    assert peak < total + largest + 150
+    assert peak < total + largest + 75
