@@ -14,7 +14,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ BATCH_SIZE = 8
 
 def make_segment_fn(weights: pathlib.Path):
     """segment(params, images of one size [b h w 3]) -> class ids [b h w 1], and the params."""
-    abstract, (logits,) = make_fns(lambda: ESPNet(len(CLASSES) + 1, rngs=nnx.Rngs(0)), "__call__")
+    abstract, (logits,) = make_fns(lambda rngs: ESPNet(len(CLASSES) + 1, rngs=rngs), "__call__")
 
     @jax.jit
     def segment(params, images):

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
@@ -131,7 +130,7 @@ def make_patch_codec(factor: int, params: Params) -> Codec:
 def make_tiny_codec(name: str, params: Params) -> Codec:
     """A pretrained tiny autoencoder; `params` may be abstract."""
     vae = TINY_VAES[name]
-    _, (encode, decode) = make_fns(lambda: TinyVAE(vae, rngs=nnx.Rngs(0)), "encode", "decode")
+    _, (encode, decode) = make_fns(lambda rngs: TinyVAE(vae, rngs=rngs), "encode", "decode")
     return Codec(
         name=name,
         factor=vae.factor,
@@ -144,13 +143,13 @@ def make_tiny_codec(name: str, params: Params) -> Codec:
 
 
 def _load_tiny_codec(name: str, tensors: Mapping[str, AnyArray], table: Table = (), place: str = "tensors") -> Codec:
-    abstract, _ = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)))
+    abstract, _ = make_fns(lambda rngs: TinyVAE(TINY_VAES[name], rngs=rngs))
     return make_tiny_codec(name, fill(abstract, tensors, table, place, put=jnp.asarray))
 
 
 def make_kl_codec(config: VAEConfig, params: Params) -> Codec:
     """Stable Diffusion's autoencoder; images are sampled where a key is given. What it returns is float32."""
-    _, fns = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), "moments", "decode")
+    _, fns = make_fns(lambda rngs: AutoencoderKL(config, rngs=rngs), "moments", "decode")
     moments, decode = (lambda *args, fn=fn: jax.tree.map(lambda x: x.astype(jnp.float32), fn(*args)) for fn in fns)
     return Codec(
         name="AutoencoderKL",
@@ -192,7 +191,7 @@ def make_codec(config: Mapping[str, Any], tensors: Mapping[str, AnyArray]) -> Co
         return make_patch_codec(config["factor"], {name: jnp.asarray(x) for name, x in tensors.items()})
     if config["name"] == "kl":
         vae = vae_config(config)
-        abstract, _ = make_fns(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)))
+        abstract, _ = make_fns(lambda rngs: AutoencoderKL(vae, rngs=rngs))
         return make_kl_codec(vae, fill(abstract, tensors, place="codec", put=jnp.asarray))
     return _load_tiny_codec(config["name"], tensors)
 

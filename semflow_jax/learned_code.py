@@ -44,7 +44,7 @@ from tqdm import tqdm
 from semflow_jax import noise, palette
 from semflow_jax.codec import Codec
 from semflow_jax.errors import UserError
-from semflow_jax.models.build import Abstract, Params, flatten, make_fns
+from semflow_jax.models.build import Abstract, Params, Rngs, flatten, make_fns
 from semflow_jax.models.mask_net import MaskNet, MaskNetConfig
 
 MOMENTS = ("image_mean", "image_std", "code_mean", "code_std")  # mu, sigma, m, s
@@ -75,8 +75,10 @@ def check(c: ConfigDict) -> None:
         raise UserError(f"mask_code.pixel, mask_code.region: at least 0, got {c.pixel}, {c.region}; raise them")
 
 
-def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[int], MaskNet], Abstract, list[Any]]:
-    """(seed -> module, its abstract parameters, [analyse, synthesise])."""
+def _make_net(
+    c: ConfigDict, codec: Codec, num_classes: int
+) -> tuple[Callable[[nnx.Rngs], MaskNet], Abstract, list[Any]]:
+    """(rngs -> module, its abstract parameters, [analyse, synthesise])."""
     n = c.learned
     if n.noise_channels >= codec.channels:
         raise UserError(
@@ -87,10 +89,10 @@ def _make_net(c: ConfigDict, codec: Codec, num_classes: int) -> tuple[Callable[[
     encodes = n.encoder == "network"
     config = MaskNetConfig(num_classes, codec.factor, channels, n.width, n.pixel_width, n.blocks, encodes=encodes)
 
-    def make(seed: int) -> MaskNet:
-        return MaskNet(config, rngs=nnx.Rngs(seed))
+    def make(rngs: nnx.Rngs) -> MaskNet:
+        return MaskNet(config, rngs=rngs)
 
-    return make, *make_fns(lambda: make(0), "analyse", "synthesise")
+    return make, *make_fns(make, "analyse", "synthesise")
 
 
 def abstract_params(c: ConfigDict, codec: Codec, num_classes: int) -> Abstract:
@@ -233,7 +235,7 @@ def fit(
         embedded = [(f[0] - code[0]) / code[1] for f in embedded]
     side = max(n.crop // codec.factor, 1) * codec.factor
     size = (min(side, labels[0].shape[0]), min(side, labels[0].shape[1]))
-    params = jax.jit(lambda: flatten(make(seed)))()
+    params = jax.jit(lambda: flatten(make(Rngs(seed))))()
     opt_state = jax.jit(optimizer.init)(params)
     with tqdm(total=n.steps, desc="mask code", unit="step", disable=not progress, mininterval=0.5) as bar:
         for i in range(n.steps):

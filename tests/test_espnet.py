@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import make_fns
@@ -14,7 +13,7 @@ NUM_OUTPUTS = 12  # CamVid's classes and void
 
 
 def make(num_classes: int):
-    return make_fns(lambda: ESPNet(num_classes, rngs=nnx.Rngs(0)), "__call__")
+    return make_fns(lambda rngs: ESPNet(num_classes, rngs=rngs), "__call__")
 
 
 def relative_rms(found, expected) -> float:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.features import FEATURE_NETS, LPIPS_NETS, load_features, load_lpips
@@ -45,12 +44,12 @@ def save_torch(path, tensors):
 
 @pytest.fixture(scope="module")
 def inception_tensors():
-    return make_tensors(lambda: InceptionV3(rngs=nnx.Rngs(0)), CLASSIFIERS["inception_fid"])
+    return make_tensors(lambda rngs: InceptionV3(rngs=rngs), CLASSIFIERS["inception_fid"])
 
 
 @pytest.fixture
 def efficientnet_tensors():
-    return make_tensors(lambda: EfficientNetLite0(rngs=nnx.Rngs(0)), CLASSIFIERS["efficientnet_lite0"])
+    return make_tensors(lambda rngs: EfficientNetLite0(rngs=rngs), CLASSIFIERS["efficientnet_lite0"])
 
 
 def test_inception_of_a_torch_file(tmp_path, inception_tensors):
@@ -122,7 +121,7 @@ def test_unknown_names(tmp_path):
 @pytest.fixture
 def lpips_tensors():
     """Both files of LPIPS's AlexNet."""
-    tensors = make_tensors(lambda: LPIPS("alex", rngs=nnx.Rngs(0)), CLASSIFIERS["lpips"])
+    tensors = make_tensors(lambda rngs: LPIPS("alex", rngs=rngs), CLASSIFIERS["lpips"])
     lin = {key: np.abs(tensors.pop(key)) for key in list(tensors) if key.startswith("lin")}
     return tensors, lin
 

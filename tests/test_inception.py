@@ -8,7 +8,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from semflow_jax.evaluate import features
 from semflow_jax.models.build import make_fns
@@ -80,7 +79,7 @@ def pair():
     torch = pytest.importorskip("torch")
     network = make_reference(torch)
     tensors = {key: x.clone().numpy() for key, x in network.state_dict().items()}
-    abstract, (extract,) = make_fns(lambda: InceptionV3(rngs=nnx.Rngs(0)), "__call__")
+    abstract, (extract,) = make_fns(lambda rngs: InceptionV3(rngs=rngs), "__call__")
     params = fill(abstract, tensors, features.INCEPTION, "tensors")
     return network, lambda image: np.asarray(jax.jit(extract)(params, image))
 

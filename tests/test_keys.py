@@ -9,7 +9,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from semflow_jax.errors import UserError
 from semflow_jax.models.build import abstract_unet, make_fns
@@ -194,7 +193,7 @@ def full_unet():
 
 @functools.cache
 def abstract_vae(config):
-    return make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))[0]
+    return make_fns(lambda rngs: AutoencoderKL(config, rngs=rngs))[0]
 
 
 def test_unet_is_renamed_as_diffusers_does():

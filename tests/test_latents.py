@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from ml_collections import ConfigDict
 from test_folder import make_folder
 from test_setup import make_config
@@ -52,7 +51,7 @@ def make_codec(kind: str):
     if kind == "patch":
         return make_patch_codec(2, {})
     config = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, num_groups=2)
-    abstract, _ = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
+    abstract, _ = make_fns(lambda rngs: AutoencoderKL(config, rngs=rngs))
     rng = np.random.default_rng(0)
     return make_kl_codec(
         config, {path: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) for path, x in abstract.items()}

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from test_inception import import_reference, randomise, relative_rms
 
 from semflow_jax.errors import UserError
@@ -62,7 +61,7 @@ def make_images(size):
 def test_equals_the_package_with_random_weights(net, size):
     torch = pytest.importorskip("torch")
     reference, backbone = make_reference(torch, net)
-    abstract, (distance,) = make_fns(lambda: LPIPS(net, rngs=nnx.Rngs(0)), "__call__")
+    abstract, (distance,) = make_fns(lambda rngs: LPIPS(net, rngs=rngs), "__call__")
     params = fill(abstract, make_tensors(reference, backbone), features.LPIPS_BACKBONE, "tensors")
     images = make_images(size)
 
@@ -81,7 +80,7 @@ def test_equals_the_package_with_random_weights(net, size):
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_small_images(net):
     def make(side):
-        abstract, (distance,) = make_fns(lambda: LPIPS(net, rngs=nnx.Rngs(0)), "__call__")
+        abstract, (distance,) = make_fns(lambda rngs: LPIPS(net, rngs=rngs), "__call__")
         image = jax.ShapeDtypeStruct((3, side, 80, 3), np.float32)
         return jax.eval_shape(distance, abstract, image, image)
 

@@ -94,7 +94,7 @@ def relative_rms(x, reference):
 def test_equals_torch_with_the_real_weights(name, shared_dir):
     path = shared_dir / "weights" / FILES[name]
     torch_encode, torch_decode = load_torch_pair(name, path)
-    abstract, (encode, decode) = make_fns(lambda: TinyVAE(TINY_VAES[name], rngs=nnx.Rngs(0)), "encode", "decode")
+    abstract, (encode, decode) = make_fns(lambda rngs: TinyVAE(TINY_VAES[name], rngs=rngs), "encode", "decode")
     params = fill(abstract, load_safetensors(path), keys.TINY_VAE, path)
 
     rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_taesana_equals_torch_with_random_weights():
     # In float32 the rounding of torch alone is 1.6e-6 here.
     config = dataclasses.replace(TINY_VAES["taesana"], dtype="float64")
     with jax.enable_x64(True):
-        abstract, (encode, decode) = make_fns(lambda: TinyVAE(config, rngs=nnx.Rngs(0)), "encode", "decode")
+        abstract, (encode, decode) = make_fns(lambda rngs: TinyVAE(config, rngs=rngs), "encode", "decode")
         params = fill(abstract, tensors, keys.TINY_VAE, "tensors")
         encoded, decoded = jax.jit(encode)(params, image), jax.jit(decode)(params, z)
     assert (encoded.shape, decoded.shape) == (z.shape, image.shape)

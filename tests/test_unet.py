@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from semflow_jax import parallel
@@ -18,7 +19,7 @@ from semflow_jax.errors import UserError
 from semflow_jax.models import attention as attention_module
 from semflow_jax.models import layers
 from semflow_jax.models.attention import attention
-from semflow_jax.models.build import abstract_unet, count_params, init_unet, make_velocity_fn
+from semflow_jax.models.build import Rngs, abstract_unet, count_params, init_unet, make_velocity_fn
 from semflow_jax.models.unet import UNetConfig, time_features
 
 TINY = UNetConfig(
@@ -70,6 +71,12 @@ def test_params_are_as_abstract_says(params):
     }
     assert list(params) == sorted(params)
     assert count_params(params) == sum(math.prod(x.shape) for x in abstract.values())
+
+
+def test_keys_are_those_of_flax():
+    ours, theirs = Rngs(3), nnx.Rngs(3)
+    for _ in range(3):
+        np.testing.assert_array_equal(*(jax.random.key_data(rngs.params()) for rngs in (ours, theirs)))
 
 
 def test_weights_begin_at_random_by_seed_and_keep_the_scale(params):

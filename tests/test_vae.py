@@ -22,7 +22,7 @@ FLAT = VAEConfig(block_out_channels=(4, 8), layers_per_block=1, num_groups=2)
 
 
 def make_vae_fns(config, *methods):
-    return make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)), *methods)
+    return make_fns(lambda rngs: AutoencoderKL(config, rngs=rngs), *methods)
 
 
 def make_torch_vae(config, device="cpu"):

@@ -153,7 +153,7 @@ def load_features(name: str, path: Path) -> FeatureNet:
     _choose(name, FEATURE_NETS, "features")
     source = _SOURCES[name]
     _check_there(path, name, source.url)
-    abstract, (features,) = make_fns(lambda: source.make(rngs=nnx.Rngs(0)), "__call__")
+    abstract, (features,) = make_fns(lambda rngs: source.make(rngs=rngs), "__call__")
     return FeatureNet(
         name=name,
         size=source.size,
@@ -180,7 +180,7 @@ def load_lpips(net: str, backbone_path: Path, lin_path: Path) -> LpipsNet:
     paths = {"features": pathlib.Path(backbone_path), "lin": pathlib.Path(lin_path)}
     for (part, path), url in zip(paths.items(), _LPIPS_URLS[net], strict=True):
         _check_there(path, f"LPIPS {net}, {part}", url)
-    abstract, (distance,) = make_fns(lambda: LPIPS(net, rngs=nnx.Rngs(0)), "__call__")
+    abstract, (distance,) = make_fns(lambda rngs: LPIPS(net, rngs=rngs), "__call__")
     params: Params = {}
     for part, path in paths.items():
         wanted = {key: leaf for key, leaf in abstract.items() if key.startswith(part)}

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -195,7 +194,7 @@ def _abstract_codec(c: ConfigDict) -> Codec:
     """The codec of a config, with the published weights' shapes."""
     if c.name == "kl":
         vae = VAEConfig(dtype=c.dtype)
-        return make_kl_codec(vae, make_fns(lambda: AutoencoderKL(vae, rngs=nnx.Rngs(0)))[0])
+        return make_kl_codec(vae, make_fns(lambda rngs: AutoencoderKL(vae, rngs=rngs))[0])
     if c.name in TINY_VAES:
-        return make_tiny_codec(c.name, make_fns(lambda: TinyVAE(TINY_VAES[c.name], rngs=nnx.Rngs(0)))[0])
+        return make_tiny_codec(c.name, make_fns(lambda rngs: TinyVAE(TINY_VAES[c.name], rngs=rngs))[0])
     return load_codec(c)

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from semflow_jax.data.info import cache_dir
@@ -135,7 +134,7 @@ def load_vae(path: pathlib.Path, variant: str | None = None, put: Put = np.asarr
         config, table = VAEConfig.from_diffusers(found), keys.VAE
     else:
         config, table = VAEConfig(), (*keys.LDM_VAE, *keys.VAE)  # the first leaves diffusers' names as they are
-    abstract, _ = make_fns(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
+    abstract, _ = make_fns(lambda rngs: AutoencoderKL(config, rngs=rngs))
     return config, fill(abstract, tensors, table, str(path), put)
 
 
@@ -153,7 +152,7 @@ def load_context(path: pathlib.Path, variant: str | None = None) -> Float[np.nda
     cached = cache_dir() / "contexts" / f"{name}.npy"
     if cached.is_file():
         return np.load(cached)
-    abstract, (encode,) = make_fns(lambda: CLIPText(config, rngs=nnx.Rngs(0)), "__call__")
+    abstract, (encode,) = make_fns(lambda rngs: CLIPText(config, rngs=rngs), "__call__")
     params = fill(abstract, files.load_all(sources), table, str(path))
     context = np.asarray(jax.jit(encode)(params, empty_prompt_ids(pad_id))[0])
     cached.parent.mkdir(parents=True, exist_ok=True)
