@@ -49,7 +49,9 @@ def prepare(name: str, size: tuple[int, int], sd, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["celebamask_hq", "coco_stuff", "ade20k"])
+@pytest.mark.parametrize(
+    "name", ["ade20k", *(pytest.param(x, marks=pytest.mark.long) for x in ("celebamask_hq", "coco_stuff"))]
+)
 def test_recipes_of_data_sets_fit_together(sd, tmp_path, name):
     """Files, codec, network and step, on shapes."""
     setup = prepare(name, (64, 64), sd, tmp_path)

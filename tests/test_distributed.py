@@ -244,6 +244,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(num, overrides, 
     check_losses(job.workdir, two.workdir)
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_others_and_the_launcher_starts_again(root, two):
     with Job(root / "killed", 2, restarts=1) as job:
         job.wait_for_checkpoint(2)

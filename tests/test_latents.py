@@ -178,6 +178,7 @@ def test_samples_have_the_moments():
     np.testing.assert_array_equal(sample(mean, None, jax.random.key(0)), mean)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_from_latents_is_a_run_from_pixels(data_dir, tmp_path):
     """Losses of a codec that is no distribution, step by step."""

@@ -123,6 +123,7 @@ def test_a_stopped_run_goes_on(root, uninterrupted):
     check_metrics(root / "stopped")
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_from_its_checkpoint(root, uninterrupted):
     process = start(root, "killed")
     checkpoint = root / "killed" / "checkpoints" / "20"

@@ -164,6 +164,7 @@ def restore_on_fewer(workdir: str) -> list[str]:
     return digests
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_checkpoints_move_between_meshes(tmp_path):
     saved = virtual_devices.run("test_sharding", "save_on_eight", str(tmp_path))
