@@ -202,6 +202,16 @@ def test_plots_against_seconds_where_they_were_measured(base, tmp_path, figures)
     assert line.get_xydata().tolist() == [[0.25, 0.7], [2.0, 0.9]]
 
 
+def test_seconds_within_an_octave_have_more_than_one_number(base, tmp_path, figures):
+    timed = write(
+        tmp_path / "timed", ("segmentation.0.seconds_per_image", 0.11), ("segmentation.1.seconds_per_image", 0.2)
+    )
+    compare.compare([base, timed], tmp_path / "out")
+    axes = figures["miou_seconds.png"].axes[0]
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 3
+
+
 def test_plots_tell_solvers_apart_and_that_protocols_differ(base, tmp_path, figures):
     other = write(tmp_path / "other", ("segmentation.1.solver", "heun"), ("protocol.num_images", 1))
     compare.compare([base, other], tmp_path / "out")

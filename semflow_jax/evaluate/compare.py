@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
 from semflow_jax.errors import UserError
 from semflow_jax.evaluate.output import flatten
@@ -218,9 +218,10 @@ def _draw(runs: Sequence[Run], section: str, name: str, title: str, warning: str
     if not ticks:
         return None
     axes.set_xscale("log", base=2)
-    if not timed:
-        axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-        axes.xaxis.set_minor_locator(NullLocator())
+    # Seconds often lie within one octave, which would leave their axis with one number.
+    locator = LogLocator(10, subs=(1, 1.2, 1.5, 2, 3, 5, 7)) if timed else FixedLocator(sorted(ticks))
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("seconds per image" if timed else "steps")
     axes.set_title(title)
