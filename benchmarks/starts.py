@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from photos import BATCH, moments
 
-from semflow_jax import SemFlow, flow, noise
+from semflow_jax import SemFlow, flow, noise, parallel
 from semflow_jax.arguments import numbers
 from semflow_jax.data.records import open_records, spread_indices
 from semflow_jax.evaluate.distances import frechet_distance
@@ -33,21 +33,22 @@ def main() -> None:
     args = parser.parse_args()
     if not all(0 < start <= args.steps for start in args.starts):
         parser.error(f"--starts: of 1..{args.steps} steps each, got {args.starts}")
+    parallel.keep_compilations()
     net, model = load_features(*name_and_file(args.features)), SemFlow.from_pretrained(args.model)
-    sampler, frozen = model.sampler, model.frozen
+    sampler = model.sampler
     records = open_records(args.data, args.split)
     chosen = [records[i] for i in spread_indices(len(records), min(args.limit, len(records)))]
     images, labels = (np.stack([x[kind] for x in chosen]) for kind in ("image", "label"))
     goal = moments(net, images)
 
     @jax.jit
-    def run(image, label, index, start):
+    def run(params, frozen, image, label, index, start):
         z0 = sampler.encode_image(frozen, image)
         z1 = sampler.encode_mask(frozen, label, noise.example_keys(jax.random.key(0), index))
 
         def step(i, z):
             t = jnp.full(len(z), (start - i) / args.steps)
-            return z - sampler.velocity(model.params, frozen, z, t) / args.steps
+            return z - sampler.velocity(params, frozen, z, t) / args.steps
 
         zt = flow.interpolate(z0, z1, jnp.full(len(z0), start / args.steps))
         return sampler.decode_image(frozen, jax.lax.fori_loop(0, start, step, zt))
@@ -57,7 +58,8 @@ def main() -> None:
         made = []
         for begin in range(0, len(images), BATCH):
             places = np.minimum(np.arange(begin, begin + BATCH), len(images) - 1)  # one shape
-            made.append(np.asarray(run(images[places], labels[places], places, start))[: len(images) - begin])
+            found = run(model.params, model.frozen, images[places], labels[places], places, start)
+            made.append(np.asarray(found)[: len(images) - begin])
         print(
             f"| {start / args.steps:g} | {frechet_distance(goal, moments(net, np.concatenate(made))):.1f} |", flush=True
         )
